@@ -1,0 +1,155 @@
+"""How good is what was learned: kNN and a linear probe on the frozen encoder of any method's run.
+
+    python eval_linear.py runs/mclim-DATE-TIME                 a run, or one of its checkpoints (last.pt, previous.pt)
+    python eval_linear.py RUN --baselines                      beside it the untrained encoder and raw pixels
+    python eval_linear.py RUN --data stl10                     on another set than it was trained on
+
+`features` of all images are computed once, without augmentation. kNN: the 20 nearest training images by cosine vote
+with weight exp(cosine / 0.07). Linear probe: features standardised by the training images' mean and deviation, then
+one linear layer, by the fixed recipe below; the last epoch counts, no choice is made on the test images.
+Writes eval_linear.json and confusion.png (with --data, eval_linear-DATA.json and confusion-DATA.png) beside the
+checkpoint.
+"""
+import argparse, importlib, json, pathlib, sys, time
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import (Parser, UserError, check, class_names, cosine_lr, extract_features, knn_votes, load_checkpoint,
+                    load_images, resize, start_processes)
+
+RECIPE = {"optimizer": "AdamW", "lr": 1e-3, "weight_decay": 1e-4, "batch": 256, "epochs": 50, "schedule": "cosine",
+          "kNN": "k 20, cosine, temperature 0.07"}
+
+
+def load_model(file, trained=True):
+    """The model of a checkpoint, or with trained=False the same from its seed, and its Config. Raises UserError."""
+    state = load_checkpoint(file)
+    method = state["method"]
+    check(pathlib.Path(__file__).with_name(f"{method}.py").exists(), "checkpoint", file, f"is of {method}, unknown here")
+    module = importlib.import_module(method)
+    try:
+        cfg = module.Config(**state["config"])
+    except TypeError as error:
+        raise UserError(f"checkpoint {file}: its settings are not those of this {method}.py ({error})") from error
+    torch.manual_seed(cfg.seed)
+    model = next(cls for name, cls in vars(module).items() if name.lower() == method)(cfg)
+    if trained:
+        load_checkpoint(file, method, model=model)
+    return model, cfg
+
+
+def linear_probe(features, labels, queries, classes, seed=0, progress=""):
+    """Class scores (Q, classes) of `queries` (Q, D) by a linear layer trained on `features` (N, D), labels (N,)."""
+    torch.manual_seed(seed)
+    mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
+    features, queries = (features - mean) / std, (queries - mean) / std
+    layer = nn.Linear(features.shape[1], classes, device=features.device)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=RECIPE["lr"], weight_decay=RECIPE["weight_decay"], fused=True)
+    per_epoch = -(-len(features) // RECIPE["batch"])
+    for epoch in range(RECIPE["epochs"]):
+        order = torch.randperm(len(features), device=features.device)
+        for i, ids in enumerate(order.split(RECIPE["batch"])):
+            step = epoch * per_epoch + i
+            optimizer.param_groups[0]["lr"] = cosine_lr(step, RECIPE["epochs"] * per_epoch, 0, RECIPE["lr"])
+            optimizer.zero_grad()
+            F.cross_entropy(layer(features[ids]), labels[ids]).backward()
+            optimizer.step()
+        if sys.stdout.isatty():
+            print(f"\r\033[K{progress}: linear probe, epoch {epoch + 1} of {RECIPE['epochs']}", end="", flush=True)
+    return layer(queries).detach()
+
+
+def top(scores, labels, k):
+    """The share in percent of rows of scores (Q, classes) whose k best hold the label."""
+    hit = (scores.topk(min(k, scores.shape[1])).indices == labels[:, None]).any(1)
+    return round(100 * hit.double().mean().item(), 2)
+
+
+def draw_confusion(file, truth, guess, names):
+    """The confusion matrix in percent of each true class, rows sum to 100; numbers and names up to 20 classes."""
+    n = len(names)
+    counts = torch.bincount(truth * n + guess, minlength=n * n).reshape(n, n).double()
+    share = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+    figure, axis = plt.subplots(figsize=(8, 7), layout="constrained")
+    figure.colorbar(axis.imshow(share, cmap="Blues", vmin=0, vmax=100), label="% of the true class")
+    axis.set(xlabel="predicted by the linear probe", ylabel="true class")
+    if n <= 20:
+        axis.set_xticks(range(n), names, rotation=45, ha="right")
+        axis.set_yticks(range(n), names)
+        for i, row in enumerate(share.tolist()):
+            for j, value in enumerate(row):
+                axis.text(j, i, f"{value:.0f}", ha="center", va="center", color="white" if value > 50 else "black")
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def evaluate(args):
+    """Does what the command line asks and returns what is written to eval_linear.json. Raises UserError."""
+    began, here = time.time(), start_processes(args.device)
+    model, cfg = load_model(args.run)
+    data, root = args.data or cfg.data, args.root or cfg.root
+    train, test = (load_images(data, split, cfg.img, root, cfg.workers, cfg.seed) for split in ("train", "test"))
+    (images, labels), (queries, truth) = ((x[y >= 0], y[y >= 0].to(here.device)) if (y < 0).any() else
+                                          (x, y.to(here.device)) for x, y in (train, test))
+    names = class_names(data, root)
+    print(f"{cfg.data} → {data}: {len(images):,} training images, {len(queries):,} test images, {len(names)} classes\n"
+          f"probe: {', '.join(f'{k} {v}' for k, v in RECIPE.items())}", flush=True)
+
+    def features(model):
+        model.to(here.device).eval()
+        return [extract_features(model.encoder, x, cfg.img, here, args.amp) for x in (images, queries)]
+
+    def pixels():
+        return [resize(x, min(32, x.shape[2])).flatten(1).to(here.device) for x in (images, queries)]
+
+    subjects = {"trained encoder": lambda: features(model)}
+    if args.baselines:
+        subjects |= {"untrained encoder": lambda: features(load_model(args.run, trained=False)[0]), "raw pixels": pixels}
+    rows = {}
+    print(f"{'':18} {'kNN top-1':>10} {'top-5':>7} {'linear top-1':>13} {'top-5':>7}")
+    for name, subject in subjects.items():
+        bank, asked = subject()
+        votes = knn_votes(bank, labels, asked)
+        scores = linear_probe(bank, labels, asked, len(names), cfg.seed, name)
+        if not rows:
+            guess = scores.argmax(1).cpu()
+        row = [top(votes, truth, 1), top(votes, truth, 5), top(scores, truth, 1), top(scores, truth, 5)]
+        rows[name] = dict(zip(("knn_top1", "knn_top5", "linear_top1", "linear_top5"), row))
+        print(f"{chr(13) + chr(27) + '[K' if sys.stdout.isatty() else ''}{name:18} {row[0]:10} {row[1]:7} {row[2]:13} "
+              f"{row[3]:7}", flush=True)
+
+    folder = pathlib.Path(args.run) if pathlib.Path(args.run).is_dir() else pathlib.Path(args.run).parent
+    suffix = f"-{pathlib.Path(data).name}" if args.data else ""
+    report = {"checkpoint": str(args.run), "data": data, "recipe": RECIPE, "percent": rows,
+              "seconds": round(time.time() - began, 1)}
+    (folder / f"eval_linear{suffix}.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw_confusion(folder / f"confusion{suffix}.png", truth.cpu(), guess, names)
+    print(f"{report['seconds']} s; written: {folder / f'eval_linear{suffix}.json'}, {folder / f'confusion{suffix}.png'}")
+    return report
+
+
+def main(argv=None):
+    """The command line; returns the exit status, 2 with one line on standard error for what the user can mend."""
+    parser = Parser("eval_linear.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("run", help="the folder of a run, or one of its checkpoints")
+    parser.add_argument("--data", default="", help="another data set than the run's: a name or a folder")
+    parser.add_argument("--root", default="", help="where data sets are kept, if not where the run had them")
+    parser.add_argument("--baselines", action="store_true", help="also the untrained encoder and raw pixels")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 where it is there")
+    try:
+        evaluate(parser.parse_args(argv))
+        return 0
+    except (UserError, OSError) as error:
+        line = error
+    except torch.OutOfMemoryError:
+        line = "out of GPU memory: --device cpu will do it, slowly"
+    print(f"eval_linear.py: {line}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,322 @@
+"""Images: the data sets, batches of them on the device, and augmentation.
+
+Image batches are (B, 3, H, W). Augmentations take uint8 or floats in 0…1, give floats in 0…1, draw each image's own
+random numbers on the CPU, where nothing waits for them, and compute on the images' device.
+"""
+import hashlib, math, os, pathlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torchvision import datasets
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set, so that weights travel
+SETS = ("cifar10", "cifar100", "stl10", "tiny-imagenet")
+TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
+
+
+class UserError(ValueError):
+    """Something the user can put right; the command line answers it with this one line and exit status 2."""
+
+
+def check(ok, flag, value, right):
+    """Raises UserError "FLAG VALUE: RIGHT" unless `ok`."""
+    if not ok:
+        raise UserError(f"{flag} {value}: {right}")
+
+
+# Data
+
+def load_images(data, split, size, root="data", workers=0, seed=0):
+    """Images uint8 (N, 3, S, S) and labels int64 (N,), -1 for unlabelled, of the split "train" or "test".
+
+    `data` is a name of SETS, "shapes", or a folder. S is `size`, or the set's own side where that is smaller, for
+    enlarging is the augmentation's work. Raises UserError: a set not to be had, an unreadable image, unknown classes.
+    """
+    if data == "shapes":
+        return draw_shapes(5_000 if split == "train" else 1_000, min(size, 64), 2 * seed + (split == "test"))
+    if dist.is_initialized() and dist.get_rank() > 0:
+        dist.barrier()  # the first process downloads and decodes, the others find it done
+    images, labels = (download if data in SETS else load_folder)(data, split, size, root, workers)
+    if dist.is_initialized() and dist.get_rank() == 0:
+        dist.barrier()
+    check((labels >= 0).any(), "--data", data, f"the {split} images have no labels")
+    if size < images.shape[-1]:
+        images = torch.cat([(resize(x, size) * 255).round().byte() for x in images.split(256)])
+    return images, labels
+
+
+def download(data, split, size, root, workers):
+    """A set of SETS, fetched into `root` unless it is there."""
+    try:
+        if data == "tiny-imagenet":
+            folder = pathlib.Path(root, "tiny-imagenet-200")
+            if not folder.exists():  # unpacked aside and then moved: an interrupted one is never taken for the whole
+                part = pathlib.Path(root, "tiny-imagenet-200.part")
+                datasets.utils.download_and_extract_archive(TINY_IMAGENET[0], root, part, md5=TINY_IMAGENET[1])
+                os.replace(part / folder.name, folder)
+            return load_folder(folder, split, size, root, workers)
+        if data == "stl10":
+            part = datasets.STL10(root, "train+unlabeled" if split == "train" else split, download=True)
+            return torch.from_numpy(part.data), torch.from_numpy(part.labels).long()
+        part = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[data](root, split == "train", download=True)
+        return torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--data {data}: can't be downloaded ({error}). Without a network: put its archive into "
+                        f"--root {root}, or name a folder of images, or take --data shapes") from error
+
+
+def load_folder(folder, split, size, root, workers):
+    """FOLDER/train/CLASS/… and FOLDER/test or val/CLASS/…, decoded once into a memory-mapped file in root/cache."""
+    folder = pathlib.Path(folder)
+    check((folder / "train").is_dir(), "--data", folder, f"is none of {', '.join(SETS)}, shapes, and no folder that "
+          "holds train/CLASS/IMAGE and test/CLASS/IMAGE")
+    notes = folder / "val" / "val_annotations.txt"  # Tiny-ImageNet's val/: one folder, and a list of its classes
+    is_val = notes.exists() or not (folder / "test").is_dir()
+    place = folder / ("train" if split == "train" else "val" if is_val else "test")
+    if split == "test" and notes.exists():
+        files, names = zip(*((place / "images" / f, name) for f, name, *_ in map(str.split, open(notes))))
+    else:
+        kinds = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
+        files = sorted(f for f in place.rglob("*") if f.suffix.lower() in kinds)
+        names = [f.relative_to(place).parts[0] for f in files]
+    check(files, "--data", folder, f"{place} holds no images")
+    classes = {name: i for i, name in enumerate(class_names(folder, root))}
+    strange = sorted(set(names) - set(classes))
+    check(not strange, "--data", folder, f"{place} has {strange[:1]}, which is no class of train/")
+
+    side = min(size, max(min(read_image(f, size).size) for f in files[::1 + len(files) // 100]))
+    state = "".join(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in files)
+    cache = pathlib.Path(root, "cache", f"{folder.resolve().name}-{split}-{side}-")
+    whole = cache.with_name(f"{cache.name}{hashlib.sha256(state.encode()).hexdigest()[:16]}.npy")
+    if not whole.exists():  # its name says which files, of which size and date, it was made from
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        for old in cache.parent.glob(f"{cache.name}*"):
+            old.unlink()
+        part = whole.with_suffix(".part")
+        array = np.lib.format.open_memmap(part, "w+", np.uint8, (len(files), 3, side, side))
+        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+            for i, image in enumerate(pool.map(lambda f: np.asarray(square(read_image(f, side), side)), files)):
+                array[i] = image.transpose(2, 0, 1)
+                if (i + 1) % 1000 == 0 or i + 1 == len(files):
+                    print(f"\rdecoding {place}, once: {i + 1:,} of {len(files):,}", end="", flush=True)
+        print()
+        array.flush()
+        os.replace(part, whole)
+    return torch.from_numpy(np.load(whole, mmap_mode="c")), torch.tensor([classes[name] for name in names])
+
+
+def class_names(data, root="data"):
+    """Names of the classes of `data`, in the order of the labels. The set must have been loaded before."""
+    if data == "shapes":
+        return "disc ring square frame diamond triangle plus cross pillars stripes".split()
+    if data in ("cifar10", "cifar100"):
+        return (datasets.CIFAR10 if data == "cifar10" else datasets.CIFAR100)(root).classes
+    if data == "stl10":
+        return datasets.STL10(root, "test").classes
+    folder = pathlib.Path(root, "tiny-imagenet-200") if data == "tiny-imagenet" else pathlib.Path(data)
+    return sorted(d.name for d in (folder / "train").iterdir() if d.is_dir())
+
+
+def read_image(file, side):
+    """A file as a PIL image in RGB; a JPEG is decoded no larger than `side` needs. Raises UserError with the path."""
+    try:
+        image = Image.open(file)
+        image.draft("RGB", (side, side))
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"--data: {file} can't be read as an image ({error}); mend it or take it away") from error
+
+
+def square(image, side):
+    """The central square of a PIL image, side×side."""
+    w, h = image.size
+    s = min(w, h)
+    return image.resize((side, side), Image.BICUBIC, ((w - s) / 2, (h - s) / 2, (w + s) / 2, (h + s) / 2))
+
+
+def draw_shapes(n, side, seed):
+    """Ten classes of form, uint8 (n, 3, side, side) and labels: each has all colours, places, sizes and tilts alike."""
+    forms = (lambda u, v, r, m: r < 0.95, lambda u, v, r, m: (r < 1) & (r > 0.6),
+             lambda u, v, r, m: m < 0.8, lambda u, v, r, m: (m < 0.9) & (m > 0.5),
+             lambda u, v, r, m: u.abs() + v.abs() < 1.1, lambda u, v, r, m: (v < 0.8) & (2 * u.abs() - 1 < v),
+             lambda u, v, r, m: (m < 1) & (torch.minimum(u.abs(), v.abs()) < 0.25),
+             lambda u, v, r, m: (m < 0.8) & (torch.minimum((u + v).abs(), (u - v).abs()) < 0.35),
+             lambda u, v, r, m: (m < 0.9) & (torch.cos(3.5 * torch.pi * u) > 0),
+             lambda u, v, r, m: (m < 0.9) & (torch.cos(3.5 * torch.pi * v) > 0))
+    g, axis = torch.Generator().manual_seed(seed), (torch.arange(2 * side) + 0.5) / side - 1
+    images, labels = torch.empty(n, 3, side, side, dtype=torch.uint8), torch.arange(n) % len(forms)
+    for kind, form in enumerate(forms):
+        mine = labels == kind
+        x, y, size, tilt, *colours = torch.rand(7, int(mine.sum()), 1, 1, generator=g)
+        size, tilt = 0.35 + 0.35 * size, 0.6 * (tilt - 0.5)
+        x, y = (axis - (1 - size) * (2 * x - 1)) / size, (axis[:, None] - (1 - size) * (2 * y - 1)) / size
+        u, v = x * tilt.cos() - y * tilt.sin(), x * tilt.sin() + y * tilt.cos()
+        inside = form(u, v, torch.hypot(u, v), torch.maximum(u.abs(), v.abs())).float()    # drawn at twice the size
+        ground = 0.2 + 0.6 * (torch.stack(colours, 1) > 0.5)                               # eight colours
+        noise = 0.04 * torch.randn(len(x), 3, side, side, generator=g)
+        image = torch.lerp(ground, 1 - ground, F.avg_pool2d(inside[:, None], 2)) + noise
+        images[mine] = (image.clamp(0, 1) * 255).byte()
+    return images, labels
+
+
+class Batches:
+    """`batches[step]`: this process's share of the images of a step, uint8 (B, 3, S, S) on its device.
+
+    An epoch runs over all images in an order that (seed, epoch) alone decides, and leaves out what fills no batch.
+    Images stay on the GPU if they take less than a quarter of it; else they stream from memory or the mapped file.
+    """
+    def __init__(self, images, batch, seed, here):
+        check(batch * here.world <= len(images), "--batch", batch, f"there are only {len(images)} training images")
+        room = torch.cuda.mem_get_info(here.device)[0] // 4 if here.device.type == "cuda" else 0
+        self.images = images.to(here.device) if images.nbytes < room else images
+        self.batch, self.seed, self.here, self.epoch = batch, seed, here, None
+
+    def __len__(self):
+        return len(self.images) // (self.batch * self.here.world)
+
+    def ids(self, step):
+        """Which images `batches[step]` holds, int64 (B,)."""
+        epoch, i = divmod(step, len(self))
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self.epoch, self.order = epoch, torch.randperm(len(self.images), generator=generator)
+        return self.order[(i * self.here.world + self.here.rank) * self.batch:][:self.batch]
+
+    def __getitem__(self, step):
+        x = self.images[self.ids(step).to(self.images.device, non_blocking=True)]
+        return x if x.device == self.here.device else x.pin_memory().to(self.here.device, non_blocking=True)
+
+
+# Augmentation
+
+def normalize(images):
+    """0…1 to ImageNet's mean 0 and standard deviation 1."""
+    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
+    return (images - mean) / std
+
+
+def denormalize(images):
+    """The inverse of `normalize`, cut to 0…1."""
+    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
+    return (images * std + mean).clamp(0, 1)
+
+
+def resize_weights(start, length, size, n):
+    """(B, size, n): how row o of a linear resize of [start, start + length) to `size` weighs the n input pixels.
+
+    A triangle as wide as an output pixel, but no narrower than an input pixel: antialiasing when it shrinks.
+    """
+    start, scale, pixel = start[:, None, None], length[:, None, None] / size, torch.arange(n, device=start.device)
+    centre = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * scale - 0.5
+    weights = (1 - (pixel - centre).abs() / scale.clamp(min=1)).clamp(min=0)
+    weights = weights * ((pixel >= start) & (pixel < start + length[:, None, None]))
+    return weights / weights.sum(2, keepdim=True)
+
+
+def crop_resize(images, boxes, size):
+    """Crops boxes (top, left, height, width: each int64 (B,), in pixels) and resizes them to (B, 3, size, size)."""
+    top, left, height, width = (b.to(images.device, non_blocking=True) for b in boxes)
+    rows = resize_weights(top, height, size, images.shape[2])[:, None]                     # (B, 1, size, H)
+    columns = resize_weights(left, width, size, images.shape[3])[:, None]                  # (B, 1, size, W)
+    return rows @ (images / 255 if images.dtype == torch.uint8 else images) @ columns.mT   # (B, 3, size, size)
+
+
+def resize(images, size):
+    """The whole images at size×size; nothing random."""
+    B, _, H, W = images.shape
+    return crop_resize(images, [torch.full((B,), n) for n in (0, 0, H, W)], size)
+
+
+def crop_boxes(B, H, W, scale, ratio):
+    """B boxes (top, left, height, width) by RandomResizedCrop's laws, within H×W pixels.
+
+    Area uniform in `scale`, log aspect uniform in log `ratio`, place uniform; the first of ten tries that fits.
+    """
+    area, aspect = H * W * torch.empty(B, 10).uniform_(*scale), torch.empty(B, 10).uniform_(*map(math.log, ratio)).exp()
+    width, height = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+    fits = (width >= 1) & (width <= W) & (height >= 1) & (height <= H)
+    first = fits.int().argmax(1, keepdim=True)
+    width = torch.where(fits.any(1), width.gather(1, first)[:, 0], W)
+    height = torch.where(fits.any(1), height.gather(1, first)[:, 0], H)
+    return (torch.rand(B) * (H - height + 1)).long(), (torch.rand(B) * (W - width + 1)).long(), height, width
+
+
+def random_resized_crop(images, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+    """A random box of each image, resized to (B, 3, size, size)."""
+    return crop_resize(images, crop_boxes(len(images), *images.shape[2:], scale, ratio), size)
+
+
+def apply_to(images, chosen, change, *values):
+    """`images`, the rows where `chosen` (bool (B,), on the CPU) replaced by change(those rows, their values)."""
+    ids = chosen.nonzero().flatten()
+    where, *values = (v.to(images.device, non_blocking=True) for v in (ids, *(v[ids] for v in values)))
+    return images.index_copy(0, where, change(images[where], *values)) if len(ids) else images
+
+
+def random_hflip(images, p=0.5):
+    """Mirrors each image with probability p."""
+    return apply_to(images, torch.rand(len(images)) < p, lambda x: x.flip(3))
+
+
+def grayscale(images):
+    """Luma (B, 1, H, W), weighed as torchvision does."""
+    r, g, b = images.split(1, 1)
+    return 0.2989 * r + 0.587 * g + 0.114 * b
+
+
+def random_grayscale(images, p=0.2):
+    """Makes each image grey with probability p."""
+    return apply_to(images, torch.rand(len(images)) < p, lambda x: grayscale(x).expand_as(x))
+
+
+def adjust_brightness(images, factor):
+    """Blends with black: factor (B,) ≥ 0, 1 changes nothing."""
+    return (images * factor[:, None, None, None]).clamp_(0, 1)
+
+
+def adjust_contrast(images, factor):
+    """Blends with the image's mean grey: factor (B,) ≥ 0, 1 changes nothing."""
+    mean = grayscale(images).mean((1, 2, 3), keepdim=True)
+    return torch.lerp(mean.expand_as(images), images, factor[:, None, None, None]).clamp_(0, 1)
+
+
+def adjust_saturation(images, factor):
+    """Blends with grey: factor (B,) ≥ 0, 1 changes nothing."""
+    return torch.lerp(grayscale(images).expand_as(images), images, factor[:, None, None, None]).clamp_(0, 1)
+
+
+def adjust_hue(images, factor):
+    """Turns the hue by `factor` (B,) of the colour circle, -0.5…0.5."""
+    (r, g, b), high = images.unbind(1), images.amax(1)
+    chroma = high - images.amin(1)
+    safe = chroma + (chroma == 0)
+    hue = torch.where(high == r, (g - b) / safe, torch.where(high == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    hue = hue + 6 * factor[:, None, None]                                                  # in sixths of the circle
+    k = torch.stack((hue + 5, hue + 3, hue + 1), 1) % 6                                    # HSV to RGB, per channel
+    return high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+def color_jitter(images, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8):
+    """With probability p the four changes in random order, factors uniform in 1 ± strength (hue: 0 ± strength)."""
+    B, changes = len(images), (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+    factors = [torch.empty(B).uniform_(max(0, 1 - s), 1 + s) for s in (brightness, contrast, saturation)]
+    factors.append(torch.empty(B).uniform_(-hue, hue))
+    order, chosen = torch.rand(B, 4).argsort(1), torch.rand(B) < p
+    for turn in range(4):
+        for i, change in enumerate(changes):
+            images = apply_to(images, chosen & (order[:, turn] == i), change, factors[i])
+    return images
+
+
+def gaussian_blur(images, p=0.5, sigma=(0.1, 2.0)):
+    """With probability p a Gaussian blur, its width uniform in `sigma` (pixels), as two products with band matrices."""
+    def blur(x, s):
+        squares = [(torch.arange(n, device=x.device) - torch.arange(n, device=x.device)[:, None]) ** 2
+                   for n in x.shape[2:]]
+        rows, columns = (torch.softmax(-d / (2 * s[:, None, None] ** 2), 2)[:, None] for d in squares)
+        return rows @ x @ columns.mT                                                       # (B, 1, H, H), (B, 1, W, W)
+    return apply_to(images, torch.rand(len(images)) < p, blur, torch.empty(len(images)).uniform_(*sigma))

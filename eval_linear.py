@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from common import (Parser, UserError, check, class_names, cosine_lr, extract_features, knn_votes, load_checkpoint,
                     load_images, resize, start_processes)
 
-RECIPE = {"optimizer": "AdamW", "lr": 1e-3, "weight_decay": 1e-4, "batch": 256, "epochs": 50, "schedule": "cosine",
+RECIPE = {"optimizer": "AdamW", "lr": 2e-3, "weight_decay": 1e-4, "batch": 256, "epochs": 100, "schedule": "cosine",
           "kNN": "k 20, cosine, temperature 0.07"}
 
 
@@ -28,7 +28,7 @@ def load_model(file, trained=True):
     """The model of a checkpoint, or with trained=False the same from its seed, and its Config. Raises UserError."""
     state = load_checkpoint(file)
     method = state["method"]
-    check(pathlib.Path(__file__).with_name(f"{method}.py").exists(), "checkpoint", file, f"is of {method}, unknown here")
+    check(pathlib.Path(__file__).with_name(f"{method}.py").exists(), "checkpoint", file, f"is of an unknown {method}")
     module = importlib.import_module(method)
     try:
         cfg = module.Config(**state["config"])
@@ -47,6 +47,7 @@ def linear_probe(features, labels, queries, classes, seed=0, progress=""):
     mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
     features, queries = (features - mean) / std, (queries - mean) / std
     layer = nn.Linear(features.shape[1], classes, device=features.device)
+    nn.init.zeros_(layer.weight)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=RECIPE["lr"], weight_decay=RECIPE["weight_decay"], fused=True)
     per_epoch = -(-len(features) // RECIPE["batch"])
     for epoch in range(RECIPE["epochs"]):
@@ -107,7 +108,8 @@ def evaluate(args):
 
     subjects = {"trained encoder": lambda: features(model)}
     if args.baselines:
-        subjects |= {"untrained encoder": lambda: features(load_model(args.run, trained=False)[0]), "raw pixels": pixels}
+        subjects["untrained encoder"] = lambda: features(load_model(args.run, trained=False)[0])
+        subjects["raw pixels"] = pixels
     rows = {}
     print(f"{'':18} {'kNN top-1':>10} {'top-5':>7} {'linear top-1':>13} {'top-5':>7}")
     for name, subject in subjects.items():
@@ -127,7 +129,7 @@ def evaluate(args):
               "seconds": round(time.time() - began, 1)}
     (folder / f"eval_linear{suffix}.json").write_text(json.dumps(report, indent=1) + "\n")
     draw_confusion(folder / f"confusion{suffix}.png", truth.cpu(), guess, names)
-    print(f"{report['seconds']} s; written: {folder / f'eval_linear{suffix}.json'}, {folder / f'confusion{suffix}.png'}")
+    print(f"{report['seconds']} s; written: eval_linear{suffix}.json and confusion{suffix}.png in {folder}")
     return report
 
 

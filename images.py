@@ -3,7 +3,7 @@
 Image batches are (B, 3, H, W). Augmentations take uint8 or floats in 0…1, give floats in 0…1, draw each image's own
 random numbers on the CPU, where nothing waits for them, and compute on the images' device.
 """
-import hashlib, math, os, pathlib
+import hashlib, math, os, pathlib, sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -101,9 +101,9 @@ def load_folder(folder, split, size, root, workers):
         with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
             for i, image in enumerate(pool.map(lambda f: np.asarray(square(read_image(f, side), side)), files)):
                 array[i] = image.transpose(2, 0, 1)
-                if (i + 1) % 1000 == 0 or i + 1 == len(files):
-                    print(f"\rdecoding {place}, once: {i + 1:,} of {len(files):,}", end="", flush=True)
-        print()
+                if i + 1 == len(files) or sys.stdout.isatty() and i % 500 == 0:
+                    start, end = ("\r", "") if sys.stdout.isatty() and i + 1 < len(files) else ("", "\n")
+                    print(f"{start}decoding {place}, once: {i + 1:,} of {len(files):,}", end=end, flush=True)
         array.flush()
         os.replace(part, whole)
     return torch.from_numpy(np.load(whole, mmap_mode="c")), torch.tensor([classes[name] for name in names])

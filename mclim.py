@@ -65,7 +65,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -220,9 +219,24 @@ def unpatchify(x, p):
     return F.pixel_shuffle(x.mT.unflatten(2, (math.isqrt(x.shape[1]), -1)), p)
 
 
+class Gather(torch.autograd.Function):
+    """(B, D) → (world·B, D); the gradient of a row is the sum of what all processes' losses ask of it."""
+    @staticmethod
+    def forward(ctx, z):
+        rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, z.contiguous())
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def gather(z):
     """(B, D) → the rows of all processes, with gradient; z itself where there is one process."""
-    return torch.cat(dist.nn.functional.all_gather(z)) if dist.is_initialized() else z
+    return Gather.apply(z) if dist.is_initialized() else z
 
 
 # Masking, §2.2
@@ -392,7 +406,7 @@ class MCLim(nn.Module):
         D, P = self.encoder.dim, 3 * self.encoder.stride ** 2
         self.T1 = {"linear": lambda: nn.Linear(D, P),                                       # Table 3
                    "mlp": lambda: mlp(D, round(cfg.hidden * D), P),
-                   "vit": lambda: nn.Sequential(Block(D, D // 64), nn.Linear(D, P))}[cfg.head]()
+                   "vit": lambda: nn.Sequential(Block(D, max(1, D // 64)), nn.Linear(D, P))}[cfg.head]()
         self.T1.apply(init_weights)
         if cfg.contrast != "none":
             momentum = cfg.target == "momentum"

@@ -1,0 +1,779 @@
+"""All tests: `python -m pytest -q test_smoke.py`, on the CPU, without a network, in under three minutes on two cores."""
+import ast, csv, inspect, json, math, os, pathlib, re, resource, shlex, signal, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+
+import common
+import eval_linear
+import images
+import mclim
+
+HERE = pathlib.Path(__file__).parent
+METHODS = {"mclim": range(1, 11)}  # file → the equations of its paper
+SMALL = replace(mclim.TINY, img=16, dim=48, depth=2, batch=16, knn_every=0)  # 16 patches of 4×4
+FLAGS = "--tiny --data shapes --img 16 --dim 48 --depth 2 --batch 250 --knn-every 0 --log-every 7".split()
+BACKBONES = [replace(SMALL, backbone="vit"), replace(SMALL, backbone="swin", dim=192),
+             replace(SMALL, backbone="hivit", dim=192)]
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def run(*args, cwd=HERE, **options):
+    """A real command line, on one thread, with no way to the network."""
+    nowhere = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **nowhere, "PYTHONPATH": str(HERE)}
+    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, text=True, capture_output=True,
+                          timeout=170, **options)
+
+
+# Losses, against loops written from the paper's formulas
+
+def paper_terms(z1, z2, tau):
+    """For each k and i: the positive <z_i^1, z_i^2>/τ and U_{i,k} of Eq. 8, in plain Python."""
+    z = {l: [[float(c) / math.sqrt(sum(float(d) ** 2 for d in row)) for c in row] for row in batch]
+         for l, batch in ((1, z1), (2, z2))}
+
+    def dot(a, b):
+        return sum(x * y for x, y in zip(a, b))
+
+    for k in (1, 2):
+        for i in range(len(z1)):
+            U = sum(math.exp(dot(z[k][i], z[l][j]) / tau) for l in (1, 2) for j in range(len(z1)) if j != i)
+            yield dot(z[1][i], z[2][i]) / tau, U
+
+
+@pytest.mark.parametrize("tau", [0.05, 0.2, 1.0])
+def test_contrastive_losses_are_the_formulas(tau):
+    z1, z2 = normal(5, 7), normal(5, 7, seed=1)
+    terms = list(paper_terms(z1, z2, tau))
+    dcl = sum(-p + math.log(U) for p, U in terms) / len(terms)                             # Eq. 9
+    nce = sum(-math.log(math.exp(p) / (math.exp(p) + U)) for p, U in terms) / len(terms)   # Eq. 7
+    assert mclim.dcl_loss(z1, z2, tau).item() == pytest.approx(dcl, rel=1e-5)
+    assert mclim.info_nce_loss(z1, z2, tau).item() == pytest.approx(nce, rel=1e-5)
+
+
+def test_contrastive_losses_stay_in_float32_under_autocast():
+    z1, z2 = normal(8, 16), normal(8, 16, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mclim.dcl_loss(z1, z2, 0.1), mclim.dcl_loss(z1.clone(), z2, 0.1))
+        inside = mclim.dcl_loss(z1, z2, 0.1), mclim.info_nce_loss(z1, z2, 0.1)
+    assert torch.equal(inside[0], mclim.dcl_loss(z1, z2, 0.1)) and inside[0].dtype == torch.float32
+    assert torch.equal(inside[1], mclim.info_nce_loss(z1, z2, 0.1))
+
+
+def test_reconstruction_loss_is_the_formula():
+    pred, target, mask = normal(3, 4, 5), normal(3, 4, 5, seed=1), torch.tensor([[1, 0, 0, 1], [0, 0, 1, 0], [1] * 4])
+    errors = [(pred[b, n, p] - target[b, n, p]).item() ** 2 for b in range(3) for n in range(4) for p in range(5)
+              if mask[b, n]]
+    assert mclim.reconstruction_loss(pred, target, mask.bool()).item() == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+    assert mclim.reconstruction_loss(pred, target, torch.zeros(3, 4)).item() == 0
+
+
+def test_unmasked_targets_do_not_matter_to_the_prediction_loss():
+    pred, target, mask = normal(2, 6, 5), normal(2, 6, 5, seed=1), torch.tensor([[1, 0, 1, 0, 0, 1]] * 2).bool()
+    before = mclim.reconstruction_loss(pred, target, mask)
+    assert torch.equal(before, mclim.reconstruction_loss(pred, target + 9 * ~mask[:, :, None], mask))
+    assert not torch.equal(before, mclim.reconstruction_loss(pred, target + 9 * mask[:, :, None], mask))
+
+
+def test_normalized_patches():
+    patches = mclim.normalize_patches(3 * normal(2, 4, 48) + 5)
+    assert patches.mean(2).abs().max() < 1e-5 and (patches.std(2) - 1).abs().max() < 1e-4
+
+
+# Masking, patches, model
+
+def test_mask_counts_and_is_uniform():
+    torch.manual_seed(0)
+    mask = mclim.random_mask(4000, 5, 0.6)
+    assert mask.dtype == torch.bool and mask.shape == (4000, 5, 5)
+    assert (mask.flatten(1).sum(1) == 15).all()                                            # 1 = masked, 0.6 of 25
+    assert (mask.float().mean(0) - 0.6).abs().max() < 5 * math.sqrt(0.24 / 4000)
+    assert not torch.equal(mask[0], mask[1])
+
+
+def test_mask_is_aligned_to_blocks():
+    mask = mclim.random_mask(3, 4, 0.5)
+    fine = mclim.spread(mask, 12)
+    for y in range(12):
+        for x in range(12):
+            assert torch.equal(fine[:, y, x], mask[:, y // 3, x // 3])
+
+
+def test_patchify_and_pixel_shuffle():
+    x = normal(2, 3, 12, 12)
+    patches = mclim.patchify(x, 4)
+    assert patches.shape == (2, 9, 48)
+    for n, c, i, j in [(0, 0, 0, 0), (5, 2, 3, 1), (7, 1, 0, 2)]:
+        assert torch.equal(patches[:, n, c * 16 + i * 4 + j], x[:, c, n // 3 * 4 + i, n % 3 * 4 + j])
+    assert torch.equal(mclim.unpatchify(patches, 4), x)
+    Z = normal(2, 9, 48, seed=1)
+    assert torch.equal(mclim.patchify(mclim.unpatchify(Z, 4), 4), Z)
+
+
+def test_positions():
+    table = mclim.sincos_pos_embed(16, 3)[0]
+    for n in range(9):
+        for half, place in ((0, n // 3), (8, n % 3)):
+            for i in range(4):
+                angle = place / 10000 ** (i / 4)
+                assert table[n, half + i].item() == pytest.approx(math.sin(angle), abs=1e-6)
+                assert table[n, half + 4 + i].item() == pytest.approx(math.cos(angle), abs=1e-6)
+
+
+@pytest.mark.parametrize("backbone, millions", [("vit", 43.12), ("swin", 48.88), ("hivit", 34.32)])
+def test_parameters_of_table_1(backbone, millions):
+    encoder = mclim.MCLim(mclim.Config(backbone=backbone, contrast="none")).encoder
+    assert round(sum(p.numel() for p in encoder.parameters()) / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize("cfg", BACKBONES, ids=lambda cfg: cfg.backbone)
+def test_masked_pixels_do_not_reach_the_encoder(cfg):
+    torch.manual_seed(0)
+    model, x = mclim.MCLim(cfg), normal(4, 3, 16, 16)
+    with torch.no_grad():
+        model.mask_token.normal_()
+    mask = mclim.random_mask(4, model.blocks, 0.5)
+    hidden = mclim.spread(mask, 16)[:, None]
+
+    def tokens(image):
+        return model.encoder(image, mask, model.mask_token)
+
+    assert torch.equal(tokens(x), tokens(torch.where(hidden, 7.0, x)))
+    assert not torch.allclose(tokens(x), tokens(torch.where(hidden, x, 7.0)))
+
+
+@pytest.mark.parametrize("cfg", BACKBONES, ids=lambda cfg: cfg.backbone)
+@pytest.mark.parametrize("head", ["linear", "mlp", "vit"])
+def test_gradients_reach_what_is_trained_and_nothing_else(cfg, head):
+    torch.manual_seed(0)
+    model = mclim.MCLim(replace(cfg, head=head))
+    model(normal(4, 3, 16, 16), normal(4, 3, 16, 16, seed=1))["loss"].backward()
+    for name, p in model.named_parameters():
+        frozen = name.startswith(("F2.", "T2.", "encoder.patch_embed."))
+        assert p.requires_grad != frozen, name
+        assert p.grad is None if frozen else p.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("cfg", BACKBONES, ids=lambda cfg: cfg.backbone)
+def test_encoder_for_evaluation(cfg):
+    torch.manual_seed(0)
+    model, x = mclim.MCLim(cfg), normal(4, 3, 16, 16)
+    features, attention = model.encoder.features(x), model.encoder.attention(x)
+    assert features.shape == (4, model.encoder.dim)
+    assert torch.equal(features, model.encoder.features(x))
+    assert torch.allclose(features, model.encoder(x).mean(1))
+    assert attention.shape[::2] == (4, (16 // model.encoder.stride) ** 2)
+    assert torch.allclose(attention.sum(2), torch.ones(attention.shape[:2]))
+    masked, prediction = model.reconstruct(x)
+    assert masked.shape == prediction.shape == x.shape
+    visible = masked == x
+    assert visible.float().mean() == pytest.approx(1 - round(0.6 * model.blocks ** 2) / model.blocks ** 2)
+    assert torch.allclose(prediction[visible], x[visible]) and not torch.allclose(prediction, x)
+
+
+def test_attention_row_is_the_softmax_of_the_mean_query():
+    torch.manual_seed(0)
+    attention, x = mclim.Attention(12, 3), normal(2, 5, 12)
+    qkv = attention.qkv(x)
+    for head in range(3):
+        q, k = (qkv[:, :, i * 12 + head * 4:][:, :, :4] for i in (0, 1))
+        for tokens in (slice(None), slice(1)):
+            logits = torch.stack([torch.stack([q[b, tokens].mean(0) @ k[b, n] / 2 for n in range(5)]) for b in range(2)])
+            assert torch.allclose(attention.row(x, tokens)[:, head], logits.softmax(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("change", [{}, {"l1": "rec"}, {"contrast": "infonce", "lam": 0.5}, {"target": "shared"}])
+def test_forward_is_section_2(change):
+    cfg = replace(SMALL, **change)
+    torch.manual_seed(0)
+    model, view1, view2 = mclim.MCLim(cfg), normal(6, 3, 16, 16), normal(6, 3, 16, 16, seed=1)
+    if cfg.target == "momentum":
+        with torch.no_grad():
+            model.F2.norm.weight.add_(0.1)  # so that the branches differ
+    torch.manual_seed(5)
+    losses = model(view1, view2)
+    torch.manual_seed(5)
+    mask = mclim.random_mask(6, 4, cfg.mask)
+    Z1 = model.T1(model.encoder(view1, mask, model.mask_token))                            # Eq. 1, 3
+    target = mclim.normalize_patches(mclim.patchify(view1, 4))
+    L1 = (Z1 - target).square()[mask.flatten(1)] if cfg.l1 == "pre" else (Z1 - target).square()
+    z1, z2 = Z1.mean(1), model.T2(model.F2(view2)).mean(1)                                 # Eq. 2, 5
+    L2 = (mclim.dcl_loss if cfg.contrast == "dcl" else mclim.info_nce_loss)(z1, z2, cfg.tau)
+    assert losses["reconstruction"].item() == pytest.approx(L1.mean().item(), rel=1e-5)    # Eq. 4, 6
+    assert losses["contrast"].item() == pytest.approx(L2.item(), rel=1e-5)                 # Eq. 7 to 9
+    assert losses["loss"].item() == pytest.approx((cfg.lam * L1.mean() + L2).item(), rel=1e-5)  # Eq. 10
+
+
+def test_moco_v3_and_simmim_fall_out_of_flags():
+    view1, view2 = normal(4, 3, 16, 16), normal(4, 3, 16, 16, seed=1)
+    moco = mclim.MCLim(replace(SMALL, mask=0.0, lam=0.0))
+    losses = moco(view1, view2)
+    z = [part(net(view)).mean(1) for part, net, view in ((moco.T1, moco.encoder, view1), (moco.T2, moco.F2, view2))]
+    assert losses["reconstruction"] == 0
+    assert losses["loss"].item() == pytest.approx(mclim.dcl_loss(*z, moco.cfg.tau).item(), rel=1e-5)
+    simmim = mclim.MCLim(replace(SMALL, contrast="none"))
+    losses = simmim(view1, view2)
+    assert set(losses) == {"loss", "reconstruction"} and losses["loss"] == losses["reconstruction"]
+    assert not hasattr(simmim, "F2")
+
+
+def test_vit_state_dict_has_timms_names():
+    keys = set(mclim.Encoder(SMALL).state_dict())
+    block = ("norm1 attn.qkv attn.proj norm2 mlp.fc1 mlp.fc2").split()
+    names = ["patch_embed.proj", "norm"] + [f"blocks.{i}.{part}" for i in range(SMALL.depth) for part in block]
+    assert keys == {"pos_embed"} | {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+
+
+def test_tiny_model_overfits_one_batch():
+    torch.manual_seed(0)
+    cfg = replace(SMALL, dim=96)
+    model, view = mclim.MCLim(cfg), normal(4, 3, 4, 4)
+    view = F.interpolate(view, 16)  # each patch flat in the large: something to restore
+    view = view + 0.5 * normal(1, 3, 16, 16, seed=1)
+    optimizer = torch.optim.AdamW(common.param_groups(model, 0.0), lr=2e-3)
+    history = []
+    for _ in range(150):
+        losses = model(view, view.flip(3))
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+        history.append({name: value.item() for name, value in losses.items()})
+    assert history[-1]["reconstruction"] < 0.2 * history[0]["reconstruction"]
+    assert history[-1]["contrast"] < history[0]["contrast"] - 3
+
+
+# Views and augmentation
+
+def test_views_are_section_2_1():
+    cfg = replace(SMALL, img=24, patch=4)
+    batch = (255 * torch.rand(6, 3, 16, 16)).byte()
+    view1, view2 = mclim.views(batch, cfg)
+    assert view1.shape == view2.shape == (6, 3, 24, 24) and view1.dtype == torch.float32
+    plain = replace(cfg, crop_min=1.0, crop_max=1.0, jitter=0.0, gray=0.0)
+    flat = (255 * torch.rand(6, 3, 1, 1)).byte().expand(6, 3, 16, 16)
+    view1, view2 = mclim.views(flat, plain)
+    expected = common.normalize(flat[:, :, :1, :1] / 255)
+    assert torch.allclose(view1, expected, atol=1e-5) and torch.allclose(view2, expected, atol=1e-5)
+    view1, view2 = mclim.views(flat, replace(plain, gray=1.0))                             # only branch 2 is changed
+    grey = common.denormalize(view2)
+    assert torch.allclose(view1, expected, atol=1e-5) and (grey - grey.mean(1, keepdim=True)).abs().max() < 1e-5
+    assert not torch.allclose(mclim.views(flat, replace(plain, jitter=1.0))[1], expected, atol=1e-2)
+
+
+def test_adjustments_equal_torchvisions():
+    torch.manual_seed(0)
+    x = torch.rand(12, 3, 9, 7)
+    x[0], x[1, 0], x[2] = 0.5, x[1, 1], x[2].round()                                       # greys, ties, pure colours
+    factors = {"brightness": (0.2, 2), "contrast": (0.2, 2), "saturation": (0.2, 2), "hue": (-0.5, 0.5)}
+    for name, bounds in factors.items():
+        factor = torch.empty(12).uniform_(*bounds)
+        theirs = torch.stack([getattr(TF, f"adjust_{name}")(image, f) for image, f in zip(x, factor.tolist())])
+        assert (getattr(common, f"adjust_{name}")(x, factor) - theirs).abs().max() < 1e-3, name
+
+
+def test_crops_equal_torchvisions():
+    x = torch.rand(4, 3, 20, 30)
+    boxes = torch.tensor([[0, 3, 10, 1], [0, 5, 2, 13], [20, 9, 7, 19], [30, 11, 28, 3]])  # top, left, height, width
+    for size in (6, 16, 40):
+        theirs = torch.stack([TF.resized_crop(image, *box, [size, size], antialias=True)
+                              for image, box in zip(x, boxes.T.tolist())])
+        assert (common.crop_resize(x, boxes, size) - theirs).abs().max() < 1e-3
+        if size == 16:
+            bytes_in = common.crop_resize((255 * x).byte(), boxes, size)
+            assert (bytes_in - common.crop_resize(x, boxes, size)).abs().max() < 1 / 255
+
+
+def test_crop_boxes_follow_random_resized_crop():
+    torch.manual_seed(0)
+    n, scale, ratio = 4000, (0.3, 0.9), (3 / 4, 4 / 3)
+    ours = torch.stack(common.crop_boxes(n, 200, 240, scale, ratio), 1).double()
+    blank = torch.zeros(3, 200, 240)
+    theirs = torch.tensor([RandomResizedCrop.get_params(blank, scale, ratio) for _ in range(n)]).double()
+    measures = {"area": lambda b: b[:, 2] * b[:, 3], "aspect": lambda b: b[:, 3] / b[:, 2], "top": lambda b: b[:, 0],
+                "left": lambda b: b[:, 1]}
+    for name, measure in measures.items():                                                 # Kolmogorov–Smirnov, p = 0.001
+        a, b = measure(ours).sort().values, measure(theirs).sort().values
+        grid = torch.cat([a, b]).sort().values
+        gap = (torch.searchsorted(a, grid, right=True) - torch.searchsorted(b, grid, right=True)).abs().max() / n
+        assert gap < 1.95 * math.sqrt(2 / n), name
+    assert ((ours[:, 0] + ours[:, 2] <= 200) & (ours[:, 1] + ours[:, 3] <= 240)).all()
+
+
+def test_each_image_has_its_own_random_numbers():
+    torch.manual_seed(0)
+    same = torch.rand(1, 3, 16, 16).expand(400, -1, -1, -1)
+    jobs = {"random_resized_crop": ((16,), 1.0), "random_hflip": ((0.5,), 0.5), "color_jitter": ((), 0.8),
+            "random_grayscale": ((0.2,), 0.2), "gaussian_blur": ((0.5,), 0.5)}
+    for name, (args, p) in jobs.items():
+        out = getattr(common, name)(same, *args)
+        changed = (out - same).abs().amax((1, 2, 3)) > 1e-6
+        assert abs(changed.double().mean().item() - p) <= 0.01 + 4 * math.sqrt(p * (1 - p) / 400), name
+        kinds = len(out.flatten(1).unique(dim=0))
+        assert kinds == 2 if name in ("random_hflip", "random_grayscale") else kinds > 100, name
+
+
+def test_blur_is_gaussian():
+    x = torch.zeros(1, 3, 21, 21)
+    x[:, :, 10, 10] = 1
+    out = common.gaussian_blur(x, 1.0, (1.5, 1.5))[0, 0]
+    i = torch.arange(21) - 10.0
+    g = torch.exp(-i ** 2 / (2 * 1.5 ** 2))
+    assert torch.allclose(out, torch.outer(g, g) / g.sum() ** 2, atol=1e-5)
+
+
+# Data
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of 3 + 3 training and 2 + 2 test images, one of them not square, one a grey PNG."""
+    for split, n in (("train", 3), ("test", 2)):
+        for label, colour in (("ant", (255, 0, 0)), ("bee", (0, 0, 255))):
+            (tmp_path / "set" / split / label).mkdir(parents=True)
+            for i in range(n):
+                Image.new("RGB", (40, 24 + 8 * i), colour).save(tmp_path / "set" / split / label / f"{i}.png")
+    Image.new("L", (40, 40), 99).save(tmp_path / "set" / "train" / "bee" / "2.png")
+    return tmp_path / "set"
+
+
+def test_folder_is_decoded_once_found_again_and_rebuilt(folder, tmp_path, capfd):
+    root = tmp_path / "root"
+    x, y = common.load_images(str(folder), "train", 32, root)
+    assert x.dtype == torch.uint8 and x.shape == (6, 3, 32, 32) and y.tolist() == [0, 0, 0, 1, 1, 1]
+    assert (x[0, :, 5, 5].tolist(), x[3, :, 5, 5].tolist(), x[5, :, 5, 5].tolist()) == ([255, 0, 0], [0, 0, 255], [99] * 3)
+    assert "decoding" in capfd.readouterr().out
+    assert torch.equal(common.load_images(str(folder), "train", 32, root)[0], x)
+    assert "decoding" not in capfd.readouterr().out
+    Image.new("RGB", (40, 40), (0, 255, 0)).save(folder / "train" / "ant" / "0.png")
+    assert common.load_images(str(folder), "train", 32, root)[0][0, :, 5, 5].tolist() == [0, 255, 0]
+    assert len(list((root / "cache").iterdir())) == 1                                      # the old one is gone
+    whole, = (root / "cache").iterdir()
+    os.replace(whole, whole.with_suffix(".part"))                                          # as an interrupted build leaves
+    capfd.readouterr()
+    assert common.load_images(str(folder), "train", 32, root)[0][0, :, 5, 5].tolist() == [0, 255, 0]
+    assert "decoding" in capfd.readouterr().out
+    assert common.load_images(str(folder), "train", 500, root)[0].shape == (6, 3, 40, 40)  # never enlarged
+
+
+def test_tiny_imagenets_own_val_folder(folder, tmp_path):
+    os.replace(folder / "test", folder / "val")
+    for i, label in enumerate(("bee", "ant", "bee")):
+        (folder / "val" / "images").mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32), (80 * i, 0, 0)).save(folder / "val" / "images" / f"val_{i}.JPEG", quality=95)
+    (folder / "val" / "val_annotations.txt").write_text("val_1.JPEG\tant\t0\t0\t9\t9\nval_0.JPEG\tbee\t0\t0\t9\t9\n"
+                                                        "val_2.JPEG\tbee\t0\t0\t9\t9\n")
+    x, y = common.load_images(str(folder), "test", 32, tmp_path / "root")
+    assert y.tolist() == [0, 1, 1] and [round(v / 80) for v in x[:, 0, 9, 9].tolist()] == [1, 0, 2]
+
+
+def test_shapes_are_fixed_by_the_seed_and_not_told_by_colour_or_place():
+    x, y = common.load_images("shapes", "train", 16)
+    again, other = common.load_images("shapes", "train", 16)[0], common.load_images("shapes", "train", 16, seed=1)[0]
+    assert torch.equal(x, again) and not torch.equal(x, other)
+    assert x.shape == (5000, 3, 16, 16) and torch.equal(y.bincount(), torch.full((10,), 500))
+    q, answers = common.load_images("shapes", "test", 16)
+    assert not any(torch.equal(q[0], image) for image in x)
+
+    def place(images):                                                                     # centre of what is not ground
+        ink = (images.float() - images[:, :, :1, :1].float()).abs().mean(1)
+        axis = torch.arange(16.0)
+        return torch.stack([(ink.sum(1) * axis).sum(1), (ink.sum(2) * axis).sum(1)], 1) / ink.sum((1, 2))[:, None]
+
+    for cue in (lambda images: images[:, :, 0, 0] / 255 - 0.5, lambda images: place(images) - 7.5):
+        assert common.knn_accuracy(cue(x), y, cue(q), answers) < 0.25
+    assert common.knn_accuracy(x.flatten(1) / 255 - 0.5, y, q.flatten(1) / 255 - 0.5, answers) > 0.25
+
+
+def test_batches_cover_an_epoch_and_are_shared_out():
+    pool = torch.arange(103, dtype=torch.uint8)[:, None, None, None].expand(103, 3, 2, 2)
+    alone = common.Batches(pool, 10, 0, common.Here(0, 1, torch.device("cpu")))
+    assert len(alone) == 10
+    epoch = torch.cat([alone[step] for step in range(10)])[:, 0, 0, 0]
+    assert len(epoch.unique()) == 100
+    assert not torch.equal(torch.cat([alone[step] for step in range(10, 20)])[:, 0, 0, 0], epoch)
+    two = [common.Batches(pool, 5, 0, common.Here(rank, 2, torch.device("cpu"))) for rank in (0, 1)]
+    for step in (0, 7, 13):
+        assert torch.equal(torch.cat([half[step] for half in two]), alone[step])
+
+
+# Schedule, groups, kNN, checkpoints
+
+def test_schedule():
+    rates = [common.cosine_lr(step, 100, 10, 2.0) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * i for i in range(1, 11)])
+    assert rates[10] == 2.0 and rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.01
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_param_groups():
+    model = mclim.MCLim(replace(SMALL, backbone="hivit", dim=192))
+    decay, rest = ({id(p) for p in group["params"]} for group in common.param_groups(model, 0.3))
+    for name, p in model.named_parameters():
+        plain = name.endswith("bias") or "norm" in name or "token" in name or "pos" in name
+        assert (id(p) in rest) == (p.requires_grad and plain) and (id(p) in decay) == (p.requires_grad and not plain), name
+    assert [group["weight_decay"] for group in common.param_groups(model, 0.3)] == [0.3, 0.0]
+
+
+def test_knn_is_the_vote():
+    bank, labels, queries = normal(30, 4), torch.arange(30) % 3, normal(8, 4, seed=1)
+    hits = 0
+    for i, q in enumerate(queries):
+        cosine = [(torch.dot(q, b) / q.norm() / b.norm()).item() for b in bank]
+        votes = [0.0] * 3
+        for j in sorted(range(30), key=lambda j: -cosine[j])[:5]:
+            votes[labels[j]] += math.exp(cosine[j] / 0.07)
+        hits += votes.index(max(votes)) == i % 3
+    assert common.knn_accuracy(bank, labels, queries, torch.arange(8) % 3, k=5) == pytest.approx(hits / 8)
+
+
+def test_linear_probe_separates_what_is_separable():
+    labels = torch.arange(2000) % 3
+    features = F.one_hot(labels, 5) * 0.5 + 0.02 * normal(2000, 5) + torch.tensor([0, 0, 0, 50.0, 0])
+    scores = eval_linear.linear_probe(features, labels, features, 3)
+    assert eval_linear.top(scores, labels, 1) == 100 and eval_linear.top(-scores, labels, 1) == 0
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """32 shapes instead of 5,000, so that SMALL trains in a second."""
+    x, y = common.load_images("shapes", "train", 16)
+    monkeypatch.setattr(mclim, "load_images", lambda *_: (x[:32], y[:32]))
+
+
+def test_branch_2_is_the_momentum_average(few, tmp_path):
+    cfg = replace(SMALL, batch=32, epochs=1, warmup=0, momentum=0.9, amp=False, data="shapes", out=str(tmp_path / "run"))
+    mclim.train(cfg)                                                                       # one step
+    torch.manual_seed(cfg.seed)
+    start, end = mclim.MCLim(cfg).state_dict(), common.load_checkpoint(tmp_path / "run")["model"]
+    for two, one in (("F2.blocks.0.attn.qkv.weight", "encoder.blocks.0.attn.qkv.weight"), ("T2.fc2.bias", "T1.fc2.bias")):
+        assert not torch.equal(end[one], start[one])
+        assert torch.allclose(end[two], 0.9 * start[two] + 0.1 * end[one], atol=1e-7)
+    assert torch.equal(end["encoder.patch_embed.proj.weight"], start["encoder.patch_embed.proj.weight"])
+
+
+def test_run_folder(few, tmp_path, capsys):
+    out = mclim.train(replace(SMALL, epochs=2, knn_every=1, log_every=1, data="shapes", out=str(tmp_path / "run")))
+    names = "config.json metrics.csv curves.png reconstruction.png last.pt previous.pt encoder.pt".split()
+    assert {f.name for f in out.iterdir()} == set(names)
+    facts = json.loads((out / "config.json").read_text())
+    assert set(facts["config"]) == {f.name for f in fields(mclim.Config)} and facts["torch"] == torch.__version__
+    rows = list(csv.DictReader(open(out / "metrics.csv")))
+    assert [row["step"] for row in rows if row["loss"]] == ["1", "2", "3", "4"]
+    assert [row["step"] for row in rows if row["knn"]] == ["2", "4"]
+    assert all(float(r["loss"]) == pytest.approx(float(r["reconstruction"]) + float(r["contrast"])) for r in rows if r["loss"])
+    model, _ = eval_linear.load_model(out)
+    encoder = torch.load(out / "encoder.pt", weights_only=True)
+    assert all(torch.equal(value, encoder[name]) for name, value in model.encoder.state_dict().items())
+    assert Image.open(out / "curves.png").size[0] > 500 and f"eval_linear.py {out}" in capsys.readouterr().out
+
+
+def test_checkpoint_of_a_broken_model_is_not_written(few, tmp_path):
+    cfg = replace(SMALL, epochs=1, data="shapes", out=str(tmp_path))
+    model = mclim.MCLim(cfg)
+    with torch.no_grad():
+        model.encoder.norm.bias[0] = math.nan
+    with pytest.raises(FloatingPointError, match="step 3"):
+        common.Run("mclim", cfg, common.start_processes("cpu"), 2).save(3, {}, model, None)
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_out_of_gpu_memory_names_the_flag(capsys):
+    def train(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert common.launch("mclim", mclim.Config, mclim.TINY, train, []) == 2
+    assert "--batch" in capsys.readouterr().err
+
+
+# Command lines
+
+def test_flags_are_the_fields():
+    text = run("mclim.py", "--help").stdout
+    packed = re.sub(r"\s", "", text)
+    for line in inspect.getsource(mclim.Config).splitlines():
+        if field := re.match(r"    (\w+): .*?  # (.*)$", line):
+            assert "--" + field[1].replace("_", "-") in text and re.sub(r"\s", "", field[2]) in packed, line
+    assert len(re.findall(r"(?m)^    \w+: .*?  # ", inspect.getsource(mclim.Config))) == len(fields(mclim.Config))
+
+    def parse(text):
+        return common.command_line("mclim", mclim.Config, mclim.TINY, text.split())
+
+    assert parse("") == mclim.Config()
+    assert parse("--tiny") == mclim.TINY
+    assert parse("--depth 6 --tiny --no-amp") == replace(mclim.TINY, depth=6, amp=False)
+
+
+def test_every_command_of_the_readme_is_understood():
+    text = (HERE / "README.md").read_text()
+    commands = re.findall(r"python mclim\.py ([^\n`|]*)", text) + re.findall(r"mclim\.py ([^\n`|]*)`", text)
+    assert len(commands) > 20
+    for command in commands:
+        args = shlex.split(command.split("&&")[0])
+        if "--resume" not in args:
+            mclim.MCLim(replace(common.command_line("mclim", mclim.Config, mclim.TINY, args), depth=1))
+
+
+BAD = {  # command, after which one line on standard error holds these words and the exit status is 2
+    "flag": ("--nope 1", ["--nope"]),
+    "choice": ("--backbone resnet", ["--backbone", "resnet", "vit"]),
+    "number": ("--lr fast", ["--lr", "fast", "float"]),
+    "range": ("--lr -1", ["--lr", "-1", "above 0"]),
+    "mask": ("--mask 1.5", ["--mask", "1.5", "between 0 and 1"]),
+    "no mask": ("--mask 0", ["--mask", "0", "--lam 0"]),
+    "patch": ("--tiny --patch 5", ["--patch", "5", "must divide --img 32"]),
+    "batch": ("--batch 1", ["--batch", "1", "at least 2"]),
+    "large batch": ("--tiny --data shapes --batch 9999", ["--batch", "9999", "5000"]),
+    "no data": ("--data nowhere", ["--data", "nowhere", "train"]),
+    "empty data": ("--data {tmp}/empty", ["--data", "empty", "no images"]),
+    "broken image": ("--data {tmp}/broken --root {tmp}/root", ["broken/train/ant/1.png"]),
+    "strange class": ("--tiny --data {tmp}/strange --root {tmp}/root", ["--data", "cat", "no class of train/"]),
+    "download": ("--data cifar10 --root {tmp}/root", ["--data", "cifar10", "network", "shapes"]),
+    "out": ("--tiny --data shapes --out {tmp}/broken", ["--out", "broken", "--resume"]),
+    "no run": ("--resume {tmp}/empty", ["--resume", "empty", "config.json"]),
+    "no checkpoint": ("--resume {tmp}/unsaved", ["unsaved/previous.pt", "does not exist"]),
+    "truncated": ("--resume {tmp}/truncated", ["truncated/last.pt", "previous.pt"]),
+    "not ours": ("--resume {tmp}/alien", ["alien/last.pt", "not a last.pt"]),
+    "other method": ("--resume {tmp}/other", ["other", "is a run of mae.py"]),
+    "other shapes": ("--resume {tmp}/shapes", ["shapes/last.pt", "does not fit", "blocks.2"]),
+    "changed": ("--resume {tmp}/unsaved --batch 99", ["--batch", "99", "250"]),
+}
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """All of BAD and a few more as real processes, two at a time."""
+    tmp = tmp_path_factory.mktemp("bad")
+    (tmp / "empty" / "train" / "ant").mkdir(parents=True)
+    for name in ("broken", "strange"):
+        for split in ("train", "test"):
+            (tmp / name / split / "ant").mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (32, 32)).save(tmp / name / split / "ant" / f"{i}.png")
+    (tmp / "broken" / "train" / "ant" / "1.png").write_bytes(b"no image")
+    os.replace(tmp / "strange" / "test" / "ant", tmp / "strange" / "test" / "cat")
+    cfg = common.command_line("mclim", mclim.Config, mclim.TINY, FLAGS)
+    model = mclim.MCLim(cfg)
+    optimizer = torch.optim.AdamW(common.param_groups(model, 0.1))
+    for name in ("unsaved", "truncated", "alien", "other", "shapes"):
+        (tmp / name).mkdir()
+        held = replace(cfg, depth=3) if name == "shapes" else cfg
+        facts = {"method": "mae" if name == "other" else "mclim", "config": vars(held)}
+        (tmp / name / "config.json").write_text(json.dumps(facts))
+        if name in ("truncated", "shapes"):
+            common.save_checkpoint(tmp / name / "last.pt", "mclim", cfg, 1, model=model, optimizer=optimizer)
+    with open(tmp / "truncated" / "last.pt", "r+b") as file:
+        file.truncate(5000)
+    torch.save(model.encoder.state_dict(), tmp / "alien" / "last.pt")
+    with ThreadPoolExecutor(2) as pool:
+        jobs = {name: pool.submit(run, HERE / "mclim.py", *shlex.split(command.format(tmp=tmp)), cwd=tmp)
+                for name, (command, _) in BAD.items()}
+        jobs["probe"] = pool.submit(run, HERE / "eval_linear.py", tmp / "truncated", cwd=tmp)
+        jobs["cuda"] = pool.submit(run, HERE / "mclim.py", "--device", "cuda", cwd=tmp)
+        return {name: job.result() for name, job in jobs.items()}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gets_one_line(answers, name):
+    words, answer = BAD[name][1], answers[name]
+    line = answer.stderr.strip()
+    assert answer.returncode == 2 and "\n" not in line and line.startswith("mclim.py: "), answer.stderr
+    assert all(word in line for word in words), line
+
+
+def test_probe_of_a_broken_checkpoint_gets_one_line(answers):
+    assert answers["probe"].returncode == 2
+    assert answers["probe"].stderr.startswith("eval_linear.py: checkpoint") and answers["probe"].stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA GPU is here, so asking for it is right")
+def test_cuda_where_there_is_none_gets_one_line(answers):
+    assert answers["cuda"].returncode == 2 and "--device cuda" in answers["cuda"].stderr
+
+
+def test_a_loss_that_blows_up_is_told_with_status_1(tmp_path):
+    answer = run(HERE / "mclim.py", *FLAGS, "--warmup", 0, "--lr", "1e38", "--out", tmp_path / "run", "--no-amp")
+    assert answer.returncode == 1 and answer.stderr.count("\n") == 1, answer.stderr
+    assert all(word in answer.stderr for word in ("step", "loss", "contrast", "last good checkpoint: none yet"))
+
+
+# Kill and resume
+
+def weights(folder):
+    state = common.load_checkpoint(folder)
+    return {**state["model"], **{f"{i}.{k}": v for i, s in state["optimizer"]["state"].items() for k, v in s.items()}}
+
+
+def metrics(folder):
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(open(folder / "metrics.csv"))]
+
+
+def test_a_killed_and_resumed_run_ends_in_the_same_weights(tmp_path):
+    command = [HERE / "mclim.py", *FLAGS, "--epochs", 4]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole = subprocess.Popen(list(map(str, [sys.executable, *command, "--out", tmp_path / "whole"])), env=env,
+                             stdout=subprocess.DEVNULL)
+    for name, sign, status in (("killed", signal.SIGKILL, -9), ("stopped", signal.SIGTERM, 143)):
+        out = tmp_path / name
+        process = subprocess.Popen(list(map(str, [sys.executable, *command, "--out", out])), env=env,
+                                   stdout=subprocess.DEVNULL)
+        while not (out / "last.pt").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(0.3)                                                                    # somewhere in the second epoch
+        process.send_signal(sign)
+        assert process.wait() == status
+        assert 0 < common.load_checkpoint(out)["step"] < 80
+        answer = run(HERE / "mclim.py", "--resume", out)
+        assert answer.returncode == 0, answer.stderr
+    assert whole.wait() == 0
+    reference = weights(tmp_path / "whole")
+    for name in ("killed", "stopped"):
+        ours = weights(tmp_path / name)
+        assert ours.keys() == reference.keys() and all(torch.equal(ours[k], reference[k]) for k in ours), name
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    out = tmp_path / "run"
+    assert run(HERE / "mclim.py", *FLAGS, "--epochs", 1, "--out", out).returncode == 0
+    facts = json.loads((out / "config.json").read_text())
+    facts["config"]["epochs"] = 2                                                          # more to do, no room for it
+    (out / "config.json").write_text(json.dumps(facts))
+    before, room = weights(out), (out / "last.pt").stat().st_size // 2
+    answer = run(HERE / "mclim.py", "--resume", out, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
+    assert answer.returncode == 2 and answer.stderr.count("\n") == 1 and "still good" in answer.stderr, answer.stderr
+    assert all(torch.equal(v, before[k]) for k, v in weights(out).items())
+    assert not list(out.glob("*.part"))
+
+
+# Several processes
+
+PAIR = """
+import sys, torch, torch.distributed as dist, mclim, test_smoke
+from dataclasses import replace
+from torch.nn.parallel import DistributedDataParallel
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(0)
+model = mclim.MCLim(test_smoke.SMALL)
+views, mask = test_smoke.pair()
+mclim.random_mask = lambda *_: mask[6 * rank:][:6]
+net = DistributedDataParallel(model)
+losses = net(*(view[6 * rank:][:6] for view in views))
+losses["loss"].backward()
+if rank == 0:
+    torch.save({"contrast": losses["contrast"].detach(),
+                "gradients": {n: p.grad for n, p in model.named_parameters() if p.grad is not None}}, sys.argv[1])
+dist.destroy_process_group()
+"""
+
+
+def pair():
+    """Two views of 12 images and their mask, half of them for each of two processes."""
+    torch.manual_seed(3)
+    return (normal(12, 3, 16, 16), normal(12, 3, 16, 16, seed=1)), mclim.random_mask(12, 4, 0.6)
+
+
+def test_two_processes_equal_one_of_twice_the_batch(tmp_path, monkeypatch):
+    (tmp_path / "pair.py").write_text(PAIR)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(20000 + os.getpid() % 20000)]
+    answer = run(*launcher, tmp_path / "pair.py", tmp_path / "two.pt")
+    assert answer.returncode == 0, answer.stderr
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    views, mask = pair()
+    torch.manual_seed(0)
+    model = mclim.MCLim(SMALL)
+    monkeypatch.setattr(mclim, "random_mask", lambda *_: mask)
+    losses = model(*views)
+    losses["loss"].backward()
+    assert two["contrast"].item() == pytest.approx(losses["contrast"].item(), rel=1e-5)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients.keys() == two["gradients"].keys()
+    for name, gradient in gradients.items():
+        assert (gradient - two["gradients"][name]).norm() <= 1e-4 * gradient.norm() + 1e-8, name
+
+
+def test_torchrun_trains_and_one_process_writes(tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(20001 + os.getpid() % 20000)]
+    answer = run(*launcher, HERE / "mclim.py", *FLAGS, "--epochs", 1, "--out", tmp_path / "run")
+    assert answer.returncode == 0, answer.stderr
+    assert [row["step"] for row in metrics(tmp_path / "run")] == ["7", "10"] and answer.stdout.count("done after") == 1
+
+
+# What the files promise
+
+@pytest.mark.parametrize("method", METHODS)
+def test_model_code_needs_nothing_of_the_project(method):
+    tree = ast.parse((HERE / f"{method}.py").read_text())
+    own = {path.stem for path in HERE.glob("*.py")}
+    foreign = {alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) and node.module in own
+               for alias in node.names}
+    assert {"Run", "load_images"} <= foreign
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in ("Config", "views", "train", "main"):
+            used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+            assert not used & foreign, f"{node.name} needs {used & foreign}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_equation_stands_on_a_line_of_code(method):
+    text = (HERE / f"{method}.py").read_text().split('"""', 2)[2]
+    marked = {int(n) for line in text.splitlines() if "#" in line and re.match(r"\s*[^\s#]", line)
+              for n in re.findall(r"Eq\. (\d+)", line.split("#", 1)[1])}
+    assert marked >= set(METHODS[method])
+
+
+def test_a_loss_runs_when_copied_alone():
+    space = {}
+    exec("import torch\nimport torch.nn.functional as F\n" + inspect.getsource(mclim.dcl_loss), space)
+    z1, z2 = normal(5, 7), normal(5, 7, seed=1)
+    assert torch.equal(space["dcl_loss"](z1, z2, 0.2), mclim.dcl_loss(z1, z2, 0.2))
+
+
+def test_reading_map_of_the_readme_points_at_its_lines():
+    links = re.findall(r"\[`?([^`\]]+)`?\]\((\w+)\.py#L(\d+)\)", (HERE / "README.md").read_text())
+    assert len(links) >= 15
+    for words, method, number in links:
+        line = (HERE / f"{method}.py").read_text().splitlines()[int(number) - 1]
+        assert words in line, f"{method}.py line {number} is {line!r}, the README says {words}"
+
+
+# Learning
+
+def test_training_on_shapes_beats_the_untrained_encoder(tmp_path):
+    answer = run(HERE / "mclim.py", "--tiny", "--data", "shapes", "--depth", 2, "--dim", 96, "--batch", 64, "--lr", "4e-3",
+                 "--epochs", 3, "--knn-every", 0, "--out", tmp_path / "run")
+    assert answer.returncode == 0, answer.stderr
+    train, test = (common.load_images("shapes", split, 32) for split in ("train", "test"))
+    score = {}
+    for trained in (False, True):
+        model, cfg = eval_linear.load_model(tmp_path / "run", trained)
+        score[trained] = common.online_knn(model.encoder, train, test, cfg, common.start_processes("cpu"))
+    assert score[True] > score[False] + 0.05, score
+    answer = run(HERE / "eval_linear.py", tmp_path / "run", "--baselines")
+    assert answer.returncode == 0, answer.stderr
+    report = json.loads((tmp_path / "run" / "eval_linear.json").read_text())["percent"]
+    assert report["trained encoder"]["knn_top1"] == pytest.approx(100 * score[True], abs=1)
+    assert report["untrained encoder"]["knn_top1"] == pytest.approx(100 * score[False], abs=1)
+    assert set(report) == {"trained encoder", "untrained encoder", "raw pixels"}
+    assert Image.open(tmp_path / "run" / "confusion.png").size == (800, 700)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+@pytest.mark.parametrize("compile", [False, True])
+def test_cuda_trains_like_the_cpu(few, tmp_path, compile):
+    losses = {}
+    for device in ("cpu", "cuda"):
+        cfg = replace(SMALL, data="shapes", epochs=2, log_every=1, device=device, compile=compile and device == "cuda")
+        mclim.train(replace(cfg, out=str(tmp_path / device)))
+        losses[device] = [float(row["loss"]) for row in metrics(tmp_path / device)]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.25)

@@ -61,8 +61,11 @@ def launch(method, Config, TINY, train, argv=None):
     try:
         train(command_line(method, Config, TINY, argv))
         return 0
-    except (UserError, OSError) as error:
+    except UserError as error:
         line, status = str(error), 2
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        line, status = f"{error}{'; the last checkpoint is still good' if full else ''}", 2
     except torch.OutOfMemoryError:
         line, status = "out of GPU memory: lower --batch, or --img, --dim or --depth", 2
     except FloatingPointError as error:

@@ -1,0 +1,109 @@
+"""How fast: images per second of a method's views, of its training step, and of both against what one would have else.
+
+    python eval_speed.py mclim                          the paper's configuration; flags of mclim.py may follow
+    python eval_speed.py mclim --tiny --batch 128
+
+Prints, each the median of the runs of five seconds after a warm-up:
+  views       from uint8 images of 32 pixels, at the configuration's size, beside MCLim's two views by PIL and
+              torchvision's transforms in a DataLoader of two workers
+  step        forward, backward and AdamW on random views, in bfloat16 autocast and in float32, and its share of the
+              bfloat16 rate of an 8192³ matrix product on a GPU (2048³ on a CPU)
+"""
+import importlib, statistics, sys, time
+from dataclasses import replace
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+from torchvision.transforms.functional import to_pil_image
+
+from common import UserError, autocast, command_line, param_groups, start_processes
+
+MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def rate(step, device, seconds=5.0):
+    """Runs of `step` a second: the median over at least three runs and `seconds`, after two to warm up."""
+    times = []
+    while len(times) < 5 or sum(times) < seconds:
+        begin = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return 1 / statistics.median(times[2:])
+
+
+class PilViews(Dataset):
+    """MCLim's two views as PIL and torchvision make them, image by image."""
+    def __init__(self, images, cfg):
+        self.images = [to_pil_image(image) for image in images]
+        crop = transforms.RandomResizedCrop(cfg.img, (cfg.crop_min, cfg.crop_max))
+        last = [transforms.ToTensor(), transforms.Normalize(*MEAN_STD)]
+        jitter = transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], cfg.jitter)
+        self.view1 = transforms.Compose([crop, *last])
+        self.view2 = transforms.Compose([crop, jitter, transforms.RandomGrayscale(cfg.gray), *last])
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.view1(self.images[i]), self.view2(self.images[i])
+
+
+def main(argv=None):
+    """The command line; returns the exit status."""
+    method, *flags = (sys.argv[1:] if argv is None else argv) or [""]
+    try:
+        if method not in ("mclim", "mvmae", "cmae", "macrl", "camae"):
+            raise UserError(f"{method!r}: the first word must be a method, as in eval_speed.py mclim --tiny")
+        module = importlib.import_module(method)
+        cfg = command_line(method, module.Config, module.TINY, flags)
+        here = start_processes(cfg.device)
+    except (UserError, ModuleNotFoundError) as error:
+        print(f"eval_speed.py: {error}", file=sys.stderr)
+        return 2
+    name = torch.cuda.get_device_name() if here.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}; torch {torch.__version__}; {method}, {cfg.img} pixels, patch {cfg.patch}, batch {cfg.batch}")
+
+    for img in sorted({32, cfg.img}):
+        sized = replace(cfg, img=img, patch=4) if img == 32 else cfg
+        pool = (255 * torch.rand(2048, 3, 32, 32)).byte()
+        batch = pool[:64].to(here.device)
+        ours = 64 * rate(lambda: module.views(batch, sized), here.device)
+        line = f"views       {img:3} pixels   {ours:10,.0f} images/s"
+        if method == "mclim":
+            loader = DataLoader(PilViews(pool[:1024], sized), 64, num_workers=2, persistent_workers=True)
+            theirs = 1024 * rate(lambda: sum(len(view) for view, _ in loader), here.device)
+            line += f"   PIL, two workers {theirs:8,.0f}   ratio {ours / theirs:.2f}"
+        print(line, flush=True)
+
+    torch.manual_seed(0)
+    model = next(cls for name, cls in vars(module).items() if name.lower() == method)(cfg).to(here.device)
+    net = torch.compile(model) if cfg.compile else model
+    optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), fused=True)
+    view1, view2 = (torch.randn(cfg.batch, 3, cfg.img, cfg.img, device=here.device) for _ in range(2))
+
+    def step(amp):
+        with autocast(here.device, amp):
+            loss = net(view1, view2)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with FlopCounterMode(display=False) as counter:
+        with autocast(here.device):
+            model(view1, view2)["loss"].backward()
+    n = 8192 if here.device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=here.device, dtype=torch.bfloat16) for _ in range(2))
+    peak = 2 * n ** 3 * rate(lambda: a @ b, here.device)
+    for amp in (True, False):
+        speed = rate(lambda: step(amp), here.device)
+        share = f"   {speed * counter.get_total_flops() / 1e12:.3g} of {peak / 1e12:.3g} TFLOP/s" if amp else ""
+        print(f"step        {'bfloat16' if amp else 'float32':8}   {cfg.batch * speed:10,.1f} images/s{share}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,7 +18,7 @@ from images import (Batches, UserError, adjust_brightness, adjust_contrast, adju
 matplotlib.use("Agg")  # draws to files, on machines without a screen too
 import matplotlib.pyplot as plt
 
-RESUMABLE = {"resume", "out", "tiny", "root", "device", "compile", "workers", "knn_every", "log_every"}
+RESUMABLE = {"resume", "tiny", "root", "device", "compile", "workers", "knn_every", "log_every"}  # may change then
 
 
 # Command line
@@ -47,13 +47,25 @@ def command_line(method, Config, TINY, argv=None):
     if "resume" not in typed:
         return dataclasses.replace(TINY if typed.get("tiny") else Config(), **typed)
     run = pathlib.Path(typed["resume"])
-    check((run / "config.json").is_file(), "--resume", run, "is not the folder of a run: it holds no config.json")
-    saved = json.loads((run / "config.json").read_text())
-    check(saved["method"] == method, "--resume", run, f"is a run of {saved['method']}.py")
+    saved = read_facts(run, method, Config)["config"]
     for name, value in typed.items():
-        check(name in RESUMABLE or value == saved["config"][name], f"--{name.replace('_', '-')}", value,
-              f"{run} was started with {saved['config'][name]}, and a resumed run keeps what shapes its result")
-    return Config(**{**saved["config"], **typed, "out": str(run)})
+        check(name in RESUMABLE or value == saved[name], f"--{name.replace('_', '-')}", value,
+              f"{run} was started with {saved[name]!r}, and a resumed run keeps what shapes its result")
+    return Config(**{**saved, **typed, "out": str(run)})
+
+
+def read_facts(run, method, Config):
+    """What config.json of a run of `method` holds. Raises UserError where there is none, or another method's."""
+    check((run / "config.json").is_file(), "--resume", run, "is not the folder of a run: it holds no config.json")
+    try:
+        facts = json.loads((run / "config.json").read_text())
+        theirs, names = facts["method"], set(facts["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--resume {run}: its config.json is broken ({error})") from error
+    check(theirs == method, "--resume", run, f"is a run of {theirs}.py")
+    ours = {field.name for field in dataclasses.fields(Config)}
+    check(names == ours, "--resume", run, f"was started by another {method}.py: {sorted(names ^ ours)} differ")
+    return facts
 
 
 def launch(method, Config, TINY, train, argv=None):
@@ -70,17 +82,22 @@ def launch(method, Config, TINY, train, argv=None):
         line, status = "out of GPU memory: lower --batch, or --img, --dim or --depth", 2
     except FloatingPointError as error:
         line, status = str(error), 1
+    finally:
+        if dist.is_initialized():  # not before the model is gone: its averaging still holds the group
+            dist.destroy_process_group()
     print(f"{method}.py: {line}", file=sys.stderr)
     return status
 
 
 def check_config(cfg):
     """Raises UserError where a field that every method has is out of range."""
-    for least, names in ((1, "epochs img patch dim depth heads log_every"), (0, "wd warmup workers knn_every seed")):
+    counts, rest = "epochs batch img patch dim depth heads log_every", "wd warmup workers knn_every seed"
+    for least, names in ((1, counts), (0, rest)):
         for name in names.split():
             check(least <= getattr(cfg, name) < math.inf, "--" + name.replace("_", "-"), getattr(cfg, name),
                   f"must be at least {least}")
-    check(cfg.batch >= 2, "--batch", cfg.batch, "must be at least 2, for one image alone has no negatives")
+    check(cfg.warmup < cfg.epochs, "--warmup", cfg.warmup, f"must be below --epochs {cfg.epochs}")
+    check(cfg.seed < 2 ** 32, "--seed", cfg.seed, "must be below 2^32")
     check(0 < cfg.lr < math.inf, "--lr", cfg.lr, "must be above 0 (the rate for a batch of 256)")
     check(cfg.img % cfg.patch == 0, "--patch", cfg.patch, f"must divide --img {cfg.img}")
     check(cfg.dim % (4 * cfg.heads) == 0, "--dim", cfg.dim, f"must be a multiple of 4 times --heads {cfg.heads}")
@@ -213,8 +230,8 @@ def load_checkpoint(file, method=None, **parts):
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, EOF, runtime: torch names no narrower one
-        raise UserError(f"checkpoint {file}: is truncated or no checkpoint ({type(error).__name__}); previous.pt "
-                        "beside it, if there, is the one before") from error
+        raise UserError(f"checkpoint {file}: is truncated or no checkpoint ({type(error).__name__}); if it "
+                        "is a run's last.pt, delete it: previous.pt, the one before, is then taken") from error
     check(isinstance(state, dict) and "method" in state, "checkpoint", file, "is not a last.pt of this project")
     check(method in (None, state["method"]), "checkpoint", file, f"is of {state['method']}, not of {method}")
     for name, part in parts.items():
@@ -228,13 +245,14 @@ def load_checkpoint(file, method=None, **parts):
 class Run:
     """The folder of a run: config, metrics, curves, pictures, checkpoints; only the first process writes.
 
-    After SIGINT or SIGTERM `stopping` is true: the loop then finishes its step, saves, and leaves. Raises UserError
-    for an --out that holds something.
+    After SIGINT or SIGTERM the loop finishes its step, `save` saves, and `stopped` is true. Raises UserError for an
+    --out that holds something.
     """
     def __init__(self, method, cfg, here, per_epoch):
         self.folder = pathlib.Path(cfg.out or time.strftime(f"runs/{method}-%Y%m%d-%H%M%S"))
         self.method, self.cfg, self.here, self.per_epoch = method, cfg, here, per_epoch
-        self.rows, self.sums, self.signal, self.stopping, self.drawn, self.logged = [], {}, 0, False, 0, 0
+        self.rows, self.sums, self.signal, self.drawn, self.logged = [], {}, 0, 0, 0
+        self.stopping = self.stopped = False
         if not cfg.resume and here.rank == 0:
             check(not self.folder.exists() or self.folder.is_dir() and not any(self.folder.iterdir()), "--out",
                   self.folder, "must be new or empty; --resume goes on with a run")
@@ -242,20 +260,24 @@ class Run:
             facts = {"method": method, "config": dataclasses.asdict(cfg), "command": shlex.join(sys.argv),
                      "git": git_commit(), "python": sys.version.split()[0], "torch": torch.__version__,
                      "torchvision": torchvision.__version__, "processes": here.world, "device": str(here.device)}
-            (self.folder / "config.json").write_text(json.dumps(facts, indent=1) + "\n")
+            (self.folder / "config.part").write_text(json.dumps(facts, indent=1) + "\n")
+            os.replace(self.folder / "config.part", self.folder / "config.json")
         for sign in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sign, self.stop)
         self.began = self.clock = time.time()
 
     def stop(self, sign, frame):
         """Notes a signal; a second one ends the program at once."""
-        signal.signal(sign, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.signal, self.stopping = sign, self.here.world == 1  # several processes agree on it in `log`
 
     def resume(self, **parts):
         """The step to go on from, 0 in a new run. Reads the checkpoint into `parts`, and the metrics up to it."""
         if not self.cfg.resume:
             return 0
+        started = json.loads((self.folder / "config.json").read_text())["processes"]
+        check(started == self.here.world, "--resume", self.folder, f"was started with {started} processes")
         self.logged = load_checkpoint(self.folder, self.method, **parts)["step"]
         with open(self.folder / "metrics.csv", newline="") as file:
             whole = [row for row in csv.DictReader(file) if None not in row.values()]
@@ -273,20 +295,20 @@ class Run:
             writer.writerow(row)
         self.rows.append(row)
 
-    def log(self, step, losses, lr, now=False):
-        """Sums a step's terms; every --log-every steps, or `now`, writes their means: the one wait for the device.
+    def log(self, step, losses, lr):
+        """Sums a step's terms; every --log-every steps, at the end of an epoch and of the run, writes their means.
 
-        Raises FloatingPointError, with the step and every term, when one is not finite.
+        The one place where the loop waits for the device. Raises FloatingPointError when a term is not finite.
         """
         for name, value in losses.items():
             total, n = self.sums.get(name, (0.0, 0))
             self.sums[name] = total + value.detach(), n + 1
-        if step % self.cfg.log_every and not now and not self.stopping:
+        if step % self.cfg.log_every and step % self.per_epoch and not self.stopping:
             return
         means, self.sums = {name: float(total) / n for name, (total, n) in self.sums.items()}, {}
         terms = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         if not all(map(math.isfinite, means.values())):
-            raise FloatingPointError(f"loss not finite at step {step}: {terms}; last good checkpoint: {self.last()}")
+            raise FloatingPointError(f"loss not finite by step {step}: {terms}; last good checkpoint: {self.last()}")
         if self.here.world > 1:
             asked = torch.tensor(self.signal, device=self.here.device)
             dist.all_reduce(asked, dist.ReduceOp.MAX)
@@ -301,47 +323,52 @@ class Run:
             print(f"\r\033[K{line}" if sys.stdout.isatty() else f"{line}\n", end="", flush=True)
         self.logged, self.clock = step, time.time()
 
-    def note(self, step, knn):
-        """A row of metrics.csv for a kNN check, which the clock of images per second leaves out."""
-        self.write({"step": step, "epoch": round(step / self.per_epoch, 4), "knn": knn})
-        print(f"{chr(10) if sys.stdout.isatty() else ''}kNN top-1 at step {step}: {100 * knn:.1f} %", flush=True)
-        self.clock = time.time()
-
     def last(self):
         """The newest checkpoint on disk, or "none yet"."""
         return next((str(f) for f in (self.folder / "last.pt", self.folder / "previous.pt") if f.exists()), "none yet")
 
-    def save(self, step, pictures, model, optimizer):
-        """Writes the checkpoint and encoder.pt, and, at most once a minute, curves.png and reconstruction.png.
+    def save(self, step, model, optimizer, train, test):
+        """At the end of an epoch or after a signal: checkpoint and encoder.pt, then kNN check and pictures if due.
 
-        pictures: label → normalised images (n, 3, H, W). Raises FloatingPointError if a weight is not finite.
+        train, test: (images, labels) of load_images. Pictures are drawn at most once a minute, and at the end. Raises
+        FloatingPointError if a weight is not finite.
         """
+        stop, (epoch, rest) = self.stopping, divmod(step, self.per_epoch)
+        if rest and not stop:
+            return
         if self.here.rank == 0:
             if not all(p.isfinite().all() for p in model.parameters()):
                 raise FloatingPointError(f"a weight is not finite at step {step}; last good checkpoint: {self.last()}")
             save_checkpoint(self.folder / "last.pt", self.method, self.cfg, step, model=model, optimizer=optimizer)
             save_file(model.encoder.state_dict(), self.folder / "encoder.pt")
-            if time.time() - self.drawn > 60 or self.stopping or step == self.cfg.epochs * self.per_epoch:
+            if not stop and self.cfg.knn_every and epoch % self.cfg.knn_every == 0:
+                knn = online_knn(model.encoder, train, test, self.cfg, self.here)
+                self.write({"step": step, "epoch": epoch, "knn": knn})
+                print(f"{chr(10) * sys.stdout.isatty()}kNN top-1 after epoch {epoch}: {100 * knn:.1f} %", flush=True)
+            if stop or epoch == self.cfg.epochs or time.time() - self.drawn > 60:
+                eight = test[0][::max(1, len(test[0]) // 8)][:8].to(self.here.device)
+                images = normalize(resize(eight, self.cfg.img))
+                masked, prediction = model.reconstruct(images)
+                draw_images(self.folder / "reconstruction.png",
+                            {"original": images, "masked": masked, model.restored: prediction})
                 draw_curves(self.folder / "curves.png", self.rows)
-                draw_images(self.folder / "reconstruction.png", pictures)
                 self.drawn = time.time()
-        self.clock = time.time()
+        self.stopped, self.clock = stop, time.time()
 
     def finish(self):
-        """Says where everything is and what to type next; after a signal, ends the program with 128 + its number."""
+        """Says where everything is and what to type next; returns the folder, or exits with 128 + the signal."""
         for sign, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
             signal.signal(sign, usual)
         if self.here.rank == 0:
-            seconds = datetime.timedelta(seconds=round(time.time() - self.began))
-            cuda = self.here.device.type == "cuda"
+            seconds, cuda = round(time.time() - self.began), self.here.device.type == "cuda"
             peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory" if cuda else ""
-            following = f"{self.method}.py --resume" if self.signal else "eval_linear.py"
-            print(f"\n{'stopped' if self.signal else 'done'} after {seconds}{peak}; pictures, metrics, checkpoints: "
-                  f"{self.folder}\nnext: python {following} {shlex.quote(str(self.folder))}")
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        if self.signal:
+            following = f"{self.method}.py --resume" if self.stopped else "eval_linear.py"
+            print(f"{chr(10) * sys.stdout.isatty()}{'stopped' if self.stopped else 'done'} after "
+                  f"{datetime.timedelta(seconds=seconds)}{peak}; pictures, metrics, checkpoints: {self.folder}\n"
+                  f"next: python {following} {shlex.quote(str(self.folder))}")
+        if self.stopped:
             raise SystemExit(128 + self.signal)
+        return self.folder
 
 
 def draw_curves(file, rows):
@@ -365,7 +392,7 @@ def draw_images(file, pictures):
     for row, (label, images) in zip(axes, pictures.items()):
         row[0].set_ylabel(label, rotation=0, ha="right", va="center")
         for axis, image in zip(row, denormalize(images.float().cpu())):
-            axis.imshow(image.permute(1, 2, 0), interpolation="nearest")
+            axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
         for axis in row:
             axis.set(xticks=[], yticks=[])
     figure.savefig(file, dpi=100)

@@ -64,8 +64,9 @@ def linear_probe(features, labels, queries, classes, seed=0, progress=""):
 
 
 def top(scores, labels, k):
-    """The share in percent of rows of scores (Q, classes) whose k best hold the label."""
-    hit = (scores.topk(min(k, scores.shape[1])).indices == labels[:, None]).any(1)
+    """The share in percent of rows of scores (Q, classes) whose k best, above -inf, hold the label."""
+    best, classes = scores.topk(min(k, scores.shape[1]))
+    hit = ((classes == labels[:, None]) & (best > -torch.inf)).any(1)
     return round(100 * hit.double().mean().item(), 2)
 
 
@@ -75,7 +76,7 @@ def draw_confusion(file, truth, guess, names):
     counts = torch.bincount(truth * n + guess, minlength=n * n).reshape(n, n).double()
     share = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
     figure, axis = plt.subplots(figsize=(8, 7), layout="constrained")
-    figure.colorbar(axis.imshow(share, cmap="Blues", vmin=0, vmax=100), label="% of the true class")
+    figure.colorbar(axis.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100), label="% of the true class")
     axis.set(xlabel="predicted by the linear probe", ylabel="true class")
     if n <= 20:
         axis.set_xticks(range(n), names, rotation=45, ha="right")
@@ -104,7 +105,9 @@ def evaluate(args):
         return [extract_features(model.encoder, x, cfg.img, here, args.amp) for x in (images, queries)]
 
     def pixels():
-        return [resize(x, min(32, x.shape[2])).flatten(1).to(here.device) for x in (images, queries)]
+        side = min(32, images.shape[2])
+        return [torch.cat([resize(part, side).flatten(1) for part in x.split(250)]).to(here.device)
+                for x in (images, queries)]
 
     subjects = {"trained encoder": lambda: features(model)}
     if args.baselines:
@@ -115,6 +118,7 @@ def evaluate(args):
     for name, subject in subjects.items():
         bank, asked = subject()
         votes = knn_votes(bank, labels, asked)
+        votes = votes.masked_fill(votes == 0, -torch.inf)  # a class without a vote is no guess
         scores = linear_probe(bank, labels, asked, len(names), cfg.seed, name)
         if not rows:
             guess = scores.argmax(1).cpu()

@@ -101,7 +101,8 @@ def main(argv=None):
     for amp in (True, False):
         speed = rate(lambda: step(amp), here.device)
         share = f"   {speed * counter.get_total_flops() / 1e12:.3g} of {peak / 1e12:.3g} TFLOP/s" if amp else ""
-        print(f"step        {'bfloat16' if amp else 'float32':8}   {cfg.batch * speed:10,.1f} images/s{share}", flush=True)
+        kind = "bfloat16" if amp else "float32"
+        print(f"step        {kind:8}   {cfg.batch * speed:10,.1f} images/s{share}", flush=True)
     return 0
 
 

@@ -1,7 +1,8 @@
 """Images: the data sets, batches of them on the device, and augmentation.
 
-Image batches are (B, 3, H, W). Augmentations take uint8 or floats in 0…1, give floats in 0…1, draw each image's own
-random numbers on the CPU, where nothing waits for them, and compute on the images' device.
+Image batches are (B, 3, H, W). Crops take uint8 or floats in 0…1 and give floats, which the other augmentations take
+and give. All draw each image's own random numbers on the CPU, where nothing waits for them, and compute on the images'
+device.
 """
 import hashlib, math, os, pathlib, sys
 from concurrent.futures import ThreadPoolExecutor
@@ -40,30 +41,34 @@ def load_images(data, split, size, root="data", workers=0, seed=0):
         return draw_shapes(5_000 if split == "train" else 1_000, min(size, 64), 2 * seed + (split == "test"))
     if dist.is_initialized() and dist.get_rank() > 0:
         dist.barrier()  # the first process downloads and decodes, the others find it done
-    images, labels = (download if data in SETS else load_folder)(data, split, size, root, workers)
+    if data in ("cifar10", "cifar100", "stl10"):
+        part = download(data, split, root)
+        pixels, labels = torch.from_numpy(part.data), torch.tensor(part.labels if data == "stl10" else part.targets)
+        images = pixels if data == "stl10" else pixels.permute(0, 3, 1, 2).contiguous()
+        if size < images.shape[-1]:
+            images = torch.cat([(resize(x, size) * 255).round().byte() for x in images.split(256)])
+    else:
+        folder = download(data, split, root) if data == "tiny-imagenet" else data
+        images, labels = load_folder(folder, split, size, root, workers)
     if dist.is_initialized() and dist.get_rank() == 0:
         dist.barrier()
     check((labels >= 0).any(), "--data", data, f"the {split} images have no labels")
-    if size < images.shape[-1]:
-        images = torch.cat([(resize(x, size) * 255).round().byte() for x in images.split(256)])
-    return images, labels
+    return images, labels.long()
 
 
-def download(data, split, size, root, workers):
-    """A set of SETS, fetched into `root` unless it is there."""
+def download(data, split, root):
+    """A set of SETS, fetched into `root` unless it is there: torchvision's data set, or Tiny-ImageNet's folder."""
+    folder = pathlib.Path(root, "tiny-imagenet-200")
     try:
-        if data == "tiny-imagenet":
-            folder = pathlib.Path(root, "tiny-imagenet-200")
-            if not folder.exists():  # unpacked aside and then moved: an interrupted one is never taken for the whole
-                part = pathlib.Path(root, "tiny-imagenet-200.part")
-                datasets.utils.download_and_extract_archive(TINY_IMAGENET[0], root, part, md5=TINY_IMAGENET[1])
-                os.replace(part / folder.name, folder)
-            return load_folder(folder, split, size, root, workers)
         if data == "stl10":
-            part = datasets.STL10(root, "train+unlabeled" if split == "train" else split, download=True)
-            return torch.from_numpy(part.data), torch.from_numpy(part.labels).long()
-        part = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[data](root, split == "train", download=True)
-        return torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
+            return datasets.STL10(root, "train+unlabeled" if split == "train" else split, download=True)
+        if data != "tiny-imagenet":
+            kind = datasets.CIFAR10 if data == "cifar10" else datasets.CIFAR100
+            return kind(root, split == "train", download=True)
+        if not folder.exists():  # unpacked aside and then moved: an interrupted one is never taken for the whole
+            datasets.utils.download_and_extract_archive(TINY_IMAGENET[0], root, f"{folder}.part", md5=TINY_IMAGENET[1])
+            os.replace(pathlib.Path(f"{folder}.part", folder.name), folder)
+        return folder
     except (OSError, RuntimeError) as error:
         raise UserError(f"--data {data}: can't be downloaded ({error}). Without a network: put its archive into "
                         f"--root {root}, or name a folder of images, or take --data shapes") from error
@@ -78,7 +83,8 @@ def load_folder(folder, split, size, root, workers):
     is_val = notes.exists() or not (folder / "test").is_dir()
     place = folder / ("train" if split == "train" else "val" if is_val else "test")
     if split == "test" and notes.exists():
-        files, names = zip(*((place / "images" / f, name) for f, name, *_ in map(str.split, open(notes))))
+        listed = [line.split()[:2] for line in notes.read_text().splitlines()]
+        files, names = [place / "images" / file for file, _ in listed], [name for _, name in listed]
     else:
         kinds = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
         files = sorted(f for f in place.rglob("*") if f.suffix.lower() in kinds)
@@ -89,24 +95,33 @@ def load_folder(folder, split, size, root, workers):
     check(not strange, "--data", folder, f"{place} has {strange[:1]}, which is no class of train/")
 
     side = min(size, max(min(read_image(f, size).size) for f in files[::1 + len(files) // 100]))
-    state = "".join(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in files)
-    cache = pathlib.Path(root, "cache", f"{folder.resolve().name}-{split}-{side}-")
-    whole = cache.with_name(f"{cache.name}{hashlib.sha256(state.encode()).hexdigest()[:16]}.npy")
+    state = "".join(f"{f.relative_to(folder)} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in files)
+    place_hash, state_hash = (hashlib.sha256(text.encode()).hexdigest()[:12] for text in (str(folder.resolve()), state))
+    cache = pathlib.Path(root, "cache", f"{folder.resolve().name}-{place_hash}-{split}-{side}-")
+    whole = cache.with_name(f"{cache.name}{state_hash}.npy")
     if not whole.exists():  # its name says which files, of which size and date, it was made from
         cache.parent.mkdir(parents=True, exist_ok=True)
-        for old in cache.parent.glob(f"{cache.name}*"):
+        for old in cache.parent.glob(f"{cache.name}*.npy"):
             old.unlink()
-        part = whole.with_suffix(".part")
-        array = np.lib.format.open_memmap(part, "w+", np.uint8, (len(files), 3, side, side))
-        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-            for i, image in enumerate(pool.map(lambda f: np.asarray(square(read_image(f, side), side)), files)):
-                array[i] = image.transpose(2, 0, 1)
-                if i + 1 == len(files) or sys.stdout.isatty() and i % 500 == 0:
-                    start, end = ("\r", "") if sys.stdout.isatty() and i + 1 < len(files) else ("", "\n")
-                    print(f"{start}decoding {place}, once: {i + 1:,} of {len(files):,}", end=end, flush=True)
-        array.flush()
-        os.replace(part, whole)
+        part = whole.with_suffix(f".{os.getpid()}.part")
+        try:
+            decode(files, place, side, workers, part)
+            os.replace(part, whole)
+        finally:
+            part.unlink(missing_ok=True)
     return torch.from_numpy(np.load(whole, mmap_mode="c")), torch.tensor([classes[name] for name in names])
+
+
+def decode(files, place, side, workers, target):
+    """Writes the central squares of image files as a uint8 array (N, 3, side, side) to the file `target`."""
+    array = np.lib.format.open_memmap(target, "w+", np.uint8, (len(files), 3, side, side))
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        for i, image in enumerate(pool.map(lambda f: np.asarray(square(read_image(f, side), side)), files)):
+            array[i] = image.transpose(2, 0, 1)
+            if i + 1 == len(files) or sys.stdout.isatty() and i % 500 == 0:
+                start, end = ("\r", "") if sys.stdout.isatty() and i + 1 < len(files) else ("", "\n")
+                print(f"{start}decoding {place}, once: {i + 1:,} of {len(files):,}", end=end, flush=True)
+    array.flush()
 
 
 def class_names(data, root="data"):
@@ -195,13 +210,13 @@ class Batches:
 
 def normalize(images):
     """0…1 to ImageNet's mean 0 and standard deviation 1."""
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
+    mean, std = (torch.tensor(v).to(images.device, non_blocking=True)[:, None, None] for v in (MEAN, STD))
     return (images - mean) / std
 
 
 def denormalize(images):
     """The inverse of `normalize`, cut to 0…1."""
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
+    mean, std = (torch.tensor(v).to(images.device, non_blocking=True)[:, None, None] for v in (MEAN, STD))
     return (images * std + mean).clamp(0, 1)
 
 
@@ -313,10 +328,10 @@ def color_jitter(images, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, 
 
 
 def gaussian_blur(images, p=0.5, sigma=(0.1, 2.0)):
-    """With probability p a Gaussian blur, its width uniform in `sigma` (pixels), as two products with band matrices."""
+    """With probability p a Gaussian blur, its deviation uniform in `sigma` (pixels): two matrix products."""
     def blur(x, s):
         squares = [(torch.arange(n, device=x.device) - torch.arange(n, device=x.device)[:, None]) ** 2
                    for n in x.shape[2:]]
         rows, columns = (torch.softmax(-d / (2 * s[:, None, None] ** 2), 2)[:, None] for d in squares)
-        return rows @ x @ columns.mT                                                       # (B, 1, H, H), (B, 1, W, W)
+        return rows @ x @ columns.mT                                                       # rows (B, 1, H, H)
     return apply_to(images, torch.rand(len(images)) < p, blur, torch.empty(len(images)).uniform_(*sigma))

@@ -11,40 +11,55 @@ Symbols of the paper → here
     p^u          the learnable vector                       mask_token (D)
     F₁, F₂       encoders of the two branches               encoder (the one that is kept), F2
     T₁, T₂       their projection layers                    T1, T2
-    {z_i^s}      tokens from the encoder                    tokens1, tokens2 (B, N, D)
+    {z_i^s}      tokens from the encoder, i a patch         tokens1, tokens2 (B, N, D)
     Z¹, Z²       tokens from the projection                 Z1, Z2 (B, N, P)
     y            the restored image                         y (B, 3, H, W)
+    n            how many values Eq. 6 averages             where `counted` (B, N) is 1
     z_i^1, z_i^2 vectors of image i that are contrasted     z1, z2 (B, P)
     U_{i,k}      sum over the negatives of z_i^k            log_U (2B): its logarithm, k = 1 in the first B rows
+    L_i^k        the loss of one i and k                    the 2B values whose mean a loss returns
     λ, τ         weight of L₁, temperature                  lam, tau
 
 Equations → here
-    1, 2, 3, 4, 5, 10   the lines of MCLim.forward, in this order: 1, 3, 4, 2, 5, 10
-    6                   reconstruction_loss, its target normalize_patches
-    7                   info_nce_loss
-    8                   negatives
-    9                   dcl_loss
+    1 to 5, 10   lines of MCLim.forward, in the paper's order
+    6            reconstruction_loss, its target by normalize_patches
+    7            info_nce_loss
+    8            log_U in both contrastive losses; each of them stands alone, to be copied
+    9            dcl_loss
 
 Where this file departs from the paper
     Left open                             Here                                              Flag
-    how branch 2 gets its weights         momentum average of branch 1, as in MoCo v3;      --target shared, --momentum
-                                          the "twin network" is the other reading
-    what vector of Z^k is contrasted      its mean over the N tokens                        -
-    temperature                           0.2, MoCo v3's                                    --tau
-    base learning rate, decay, warm-up    1e-3 for a batch of 256, 0.05, 10 epochs          --lr --wd --warmup
+    how branch 2 gets its weights         momentum average of branch 1 as in MoCo v3,       --target shared, --momentum
+                                          rising to 1 by a cosine; "twin network" may also
+                                          mean shared weights
+    what vector of Z^k is contrasted      its mean over the N tokens, l2-normalised         -
+    class token, positions                none; fixed sine-cosine: so 43.12 M is met        -
+    "original size" of CIFAR-10           224: so 43.12 M is met by 16×16 patches           --img, --patch
+    where the vector replaces patches     after the patch embedding, before positions:      -
+                                          SimMIM's way
+    frozen patch embedding                its convolution, random, the same in both         -
+                                          branches; a norm behind it (Swin, HiViT) learns
+    "normalized pixels"                   each patch to mean 0, deviation 1, MAE's way      -
+    temperature, in (0, 1)                0.2, MoCo v3's; any above 0 is taken              --tau
+    base rate, schedule, AdamW's betas,   1e-3 for a batch of 256, half a cosine to 0,      --lr --wd --warmup
+      decay, warm-up                      PyTorch's betas, 0.05, 10 epochs
     width of T's hidden layer             4 D, with GELU, as in a transformer block         --hidden
+    T as "1 ViT block"                    the block, and a linear layer from D to P         --head vit
     strengths of the augmentations        MoCo v3's; no flip, for none is named             (color_jitter's arguments)
     aspect of the crops                   3/4 to 4/3, as random resized crops usually are   -
     widths of Swin and HiViT              Table 1's 49.88 M and 35.88 M fit no published    --dim
                                           width; nearest are 128 (48.88 M) and 512
                                           (34.32 M): dim/6 and 2/3 dim at 768
+    "iterations", 100                     epochs                                            --epochs
     "accuracy"                            linear probe or kNN, by eval_linear.py            -
     Printed otherwise
-    Eq. 2, 5: {z_i^s}_{i=2}^N             the tokens of the second branch: tokens2
+    around Eq. 2: blanks, {z_i^s}_{i=2}^N the second branch's view and tokens: view2, tokens2
+    Eq. 1: {p_i^u}_{i=1}^{u≠v}            the vector, once for each masked patch
     Eq. 4's text: {h_i^s}                 Z¹, as in the formula
-    Eq. 6, 10: n is "the number of        mean over the pixels of the masked patches ("of blocked
-      samples", then "of blocked blocks"    image blocks", Eq. 10), or of all: --l1 rec, Table 4
-    Eq. 7: "NPC multiplier"               what DCL removes is the positive in the denominator; exp(<z_i^1, z_i^2>/τ)
+    Eq. 6, 10: n is "the number of        mean over the pixels of the masked patches ("blocked image blocks", Eq. 10),
+      samples" or "of blocked blocks"       or of all: --l1 rec, Table 4
+    Eq. 7's text: "NPC multiplier"        what DCL removes is the positive, exp(<z_i^1, z_i^2>/τ), in the denominator
+    Eq. 10's text: "z_i^l", "i-th branch" z_i^1 is image i in branch 1, z_i^2 the same image in branch 2
     Eq. 9, 10: one i, one k               mean over i and k
     learning rate "l_r × BatchSize = 256" lr · batch / 256
     §2.3 cites [5] for freezing           it is [3], MoCo v3
@@ -53,10 +68,12 @@ Patches of p = --patch: ViT takes p×p. Swin and HiViT start from p/4 and end at
 blocks are 2p×2p: 32×32 at the default p = 16 (§3.2).
 
     python mclim.py --epochs 100 --batch 16                  the paper's experiment
+    python mclim.py --lam 0 --mask 0 --batch 32              Table 1's MoCo v3 with DCL: λ = 0, and nothing masked
+    python mclim.py --contrast none --batch 32               Table 1's SimMIM: no second branch
     python mclim.py --tiny --data shapes                     a first look on a laptop
     python eval_linear.py runs/mclim-DATE-TIME               kNN and linear probe of what came out
 
-Measured: see RESULTS.md.
+Measured with this file: RESULTS.md.
 """
 import copy, math, sys
 from collections import OrderedDict
@@ -72,8 +89,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.models.swin_transformer import SwinTransformer
 
 from common import (Batches, Run, autocast, check, check_config, color_jitter, cosine_lr, gaussian_blur, launch,
-                    load_images, normalize, online_knn, param_groups, random_grayscale, random_resized_crop, resize,
-                    seed_step, start_processes)
+                    load_images, normalize, param_groups, random_grayscale, random_resized_crop, seed_step,
+                    start_processes)
 
 
 @dataclass
@@ -95,15 +112,15 @@ class Config:
     # model
     backbone: Literal["vit", "swin", "hivit"] = "vit"  # encoder, Table 1
     img: int = 224  # side of the views in pixels, from Table 1's 43.12 M parameters
-    patch: int = 16  # side of a patch, likewise
-    dim: int = 768  # width D of the ViT, likewise; Swin begins dim/6 wide, HiViT ends 2/3 dim wide
+    patch: int = 16  # side of a patch in pixels, from Table 1's 43.12 M
+    dim: int = 768  # width D of the ViT, from Table 1's 43.12 M; Swin begins dim/6 wide, HiViT ends 2/3 dim wide
     depth: int = 6  # blocks of the ViT, Table 1; of Swin's third stage; HiViT's third stage has 4 more
-    heads: int = 12  # heads K of the ViT; ours: 64 channels each, as in Swin's 32 and HiViT's 64
+    heads: int = 12  # heads K of the ViT; ours: ViT-Base's (Swin has 32 channels a head, HiViT 64)
     head: Literal["linear", "mlp", "vit"] = "mlp"  # projection layer T, Table 3
     hidden: float = 4.0  # hidden width of T's MLP, in widths of the encoder; ours
     # optimisation
     epochs: int = 100  # passes over the data, §3.2
-    batch: int = 16  # images a step and process, §3.2
+    batch: int = 16  # images per step and per process, §3.2
     lr: float = 1e-3  # base learning rate, for a batch of 256; ours
     wd: float = 0.05  # weight decay; ours: MAE's
     warmup: int = 10  # epochs of linear warm-up; ours: SimMIM's
@@ -138,7 +155,8 @@ class Config:
               f"must lie between 0 and --crop-max {self.crop_max}, which is at most 1")
         for name in ("jitter", "gray", "blur"):
             check(0 <= getattr(self, name) <= 1, f"--{name}", getattr(self, name), "is a probability: 0 to 1")
-        check(0 < self.hidden < math.inf, "--hidden", self.hidden, "must be above 0")
+        check(0 < self.hidden < math.inf and round(self.hidden * self.dim) >= 1, "--hidden", self.hidden,
+              "must be above 0 and leave T a hidden unit")
         if self.backbone != "vit":
             check(self.dim % 192 == 0, "--dim", self.dim, f"must be a multiple of 192 for --backbone {self.backbone}")
             check(self.patch % 4 == 0, "--patch", self.patch, f"must be a multiple of 4 for --backbone {self.backbone}")
@@ -147,7 +165,8 @@ class Config:
 TINY = Config(img=32, patch=4, dim=192, depth=4, heads=3, epochs=8, batch=128, warmup=1, knn_every=1, tiny=True)
 
 
-# Transformer. B batch, N patches, D width, P numbers in a patch (3·p·p), K heads.
+# Transformer. B batch, N patches or tokens, D width, P numbers a token restores (3·p·p), p their side, K heads, n mask
+# blocks a side; h, w, C are a map of tokens and its channels.
 
 def sincos_pos_embed(dim, grid):
     """Fixed sine-cosine positions of grid×grid patches, (1, N, D): half of D for the row, half for the column."""
@@ -178,13 +197,13 @@ class Attention(nn.Module):
     def forward(self, x):
         q, k, v = self.split(x)
         x = F.scaled_dot_product_attention(q, k, v)                                         # (B, K, N, D/K)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        return self.proj(x.transpose(1, 2).flatten(2))                                      # (B, N, D)
 
-    def row(self, x, tokens):
-        """How the mean query of `tokens` (a slice) attends to all N: (B, N, D) → (B, K, N), rows sum to 1."""
+    def attend(self, x, tokens):
+        """How the mean query of `tokens` (a slice of the N) attends to all N: (B, N, D) → (B, K, N), summing to 1."""
         q, k, _ = self.split(x).float()
         q = q[:, :, tokens].mean(2, keepdim=True)                                           # (B, K, 1, D/K)
-        return (q @ k.mT / k.shape[3] ** 0.5).softmax(3)[:, :, 0]
+        return (q @ k.mT / k.shape[3] ** 0.5).softmax(3)[:, :, 0]                           # (B, K, N)
 
 
 class Block(nn.Module):
@@ -202,7 +221,7 @@ class Block(nn.Module):
 
 
 def init_weights(module):
-    """Xavier-uniform linear layers without bias, as MAE begins; a patch embedding counts as a linear layer."""
+    """Xavier-uniform weights and zero biases, as in MAE; a patch embedding counts as a linear layer."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.xavier_uniform_(module.weight.data.flatten(1))
         if module.bias is not None:
@@ -220,7 +239,8 @@ def unpatchify(x, p):
 
 
 class Gather(torch.autograd.Function):
-    """(B, D) → (world·B, D); the gradient of a row is the sum of what all processes' losses ask of it."""
+    """(B, D) → (world·B, D). Backward sums a row's gradients over the processes: all have the same loss, and the
+    averaging of DistributedDataParallel divides by their number again."""
     @staticmethod
     def forward(ctx, z):
         rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
@@ -243,7 +263,7 @@ def gather(z):
 
 def random_mask(B, blocks, ratio, device=None):
     """Which of blocks×blocks are masked: bool (B, blocks, blocks), as many in each image, uniform over places."""
-    order = torch.rand(B, blocks * blocks, device=device).argsort(1)
+    order = torch.rand(B, blocks * blocks, device=device).argsort(1)                        # a permutation of each row
     return (order < round(ratio * blocks * blocks)).unflatten(1, (blocks, blocks))
 
 
@@ -254,12 +274,15 @@ def spread(mask, grid):
 
 
 # Model, §2.3 and §2.4. The three encoders of Table 1 look alike from outside:
-#   stride, dim, embed_dim         pixels a token stands for, its width, the width after the patch embedding
-#   forward(x, mask, mask_token)   (B, 3, H, W) → tokens (B, N, D); blocks where mask (B, n, n) are replaced
-#   features(x), attention(x)      (B, 3, H, W) → (B, D), the tokens' mean; → (B, K, N), the last block's attention
+#   stride, dim, embed_dim         side in pixels of what a token stands for, its width, the width when it is masked
+#   forward(x, mask, mask_token)   (B, 3, H, W) → (B, N, D): tokens; where mask (B, n, n) is 1, patches are replaced
+#   features(x)                    (B, 3, H, W) → (B, D): the mean of the tokens, unmasked
+#   attention(x)                   (B, 3, H, W) → (B, K, N): how their mean query attends to them in the last block,
+#                                  by content alone, without the biases for relative place that Swin and HiViT add
 
 class Encoder(nn.Module):
-    """The ViT without class token; its state dict loads into timm's ViT of the same size without renaming."""
+    """The ViT without class token; its state dict loads into timm's ViT of the same size (class_token=False,
+    global_pool="avg", fc_norm=False) without renaming."""
     def __init__(self, cfg):
         super().__init__()
         self.stride, self.dim, self.embed_dim, self.grid = cfg.patch, cfg.dim, cfg.dim, cfg.img // cfg.patch
@@ -288,7 +311,7 @@ class Encoder(nn.Module):
 
     def attention(self, x):
         block = self.blocks[-1]
-        return block.attn.row(block.norm1(self.embed(x)), slice(None))
+        return block.attn.attend(block.norm1(self.embed(x)), slice(None))
 
 
 class SwinEncoder(nn.Module):
@@ -297,20 +320,21 @@ class SwinEncoder(nn.Module):
         super().__init__()
         width = cfg.dim // 6
         swin = SwinTransformer([cfg.patch // 4] * 2, width, [2, 2, cfg.depth, 2],
-                               [width // 32 * 2 ** i for i in range(4)], [7, 7], stochastic_depth_prob=0.0)
+                               [width // 32 * 2 ** i for i in range(4)], [7, 7],
+                               stochastic_depth_prob=0.0)  # none, as in the ViT: features must not be random
         self.stride, self.dim, self.embed_dim, self.grid = 2 * cfg.patch, 8 * width, width, 4 * cfg.img // cfg.patch
         self.patch_embed, self.stages, self.norm = swin.features[0], swin.features[1:], swin.norm
-        self.patch_embed.requires_grad_(False)                                              # §2.3: frozen
+        self.patch_embed[0].apply(init_weights).requires_grad_(False)                       # §2.3: frozen
 
     def embed(self, x, mask=None, mask_token=None):
         """(B, 3, H, W) → the last block's input (B, h, w, D)."""
         x = self.patch_embed(x)                                                             # (B, grid, grid, width)
         if mask is not None:
             x = torch.where(spread(mask, self.grid)[..., None], mask_token.to(x.dtype), x)  # §2.2
-        return self.stages[-1][:-1](self.stages[:-1](x))
+        return self.stages[-1][:-1](self.stages[:-1](x))                                    # (B, h, w, D)
 
     def forward(self, x, mask=None, mask_token=None):
-        return self.norm(self.stages[-1][-1](self.embed(x, mask, mask_token))).flatten(1, 2)
+        return self.norm(self.stages[-1][-1](self.embed(x, mask, mask_token))).flatten(1, 2)  # (B, N, D)
 
     def features(self, x):
         return self(x).mean(1)
@@ -319,8 +343,8 @@ class SwinEncoder(nn.Module):
         block = self.stages[-1][-1]
         x = block.norm1(self.embed(x)).flatten(1, 2)                                        # (B, N, D)
         q, k, _ = block.attn.qkv(x).float().unflatten(2, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q = q.mean(2, keepdim=True)  # a mean query has no place, so Swin's bias by relative place has no part in it
-        return (q @ k.mT / k.shape[3] ** 0.5).softmax(3)[:, :, 0]
+        q = q.mean(2, keepdim=True)                                                         # (B, K, 1, D/K)
+        return (q @ k.mT / k.shape[3] ** 0.5).softmax(3)[:, :, 0]                           # (B, K, N)
 
 
 class RelativeAttention(Attention):
@@ -329,7 +353,7 @@ class RelativeAttention(Attention):
         super().__init__(dim, heads)
         self.relative_position_bias = nn.Parameter(torch.zeros((2 * grid - 1) ** 2, heads))
         y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-        y, x = (a.flatten()[:, None] - a.flatten() + grid - 1 for a in (y, x))              # (N, N), offsets from 0
+        y, x = (a.flatten()[:, None] - a.flatten() + grid - 1 for a in (y, x))              # (N, N), 0 … 2·grid - 2
         self.register_buffer("offset", y * (2 * grid - 1) + x, persistent=False)
 
     def forward(self, x):
@@ -367,7 +391,7 @@ class HiViTEncoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         dim, grid = 2 * cfg.dim // 3, cfg.img // cfg.patch
-        self.stride, self.dim, self.embed_dim, self.grid = cfg.patch, dim, dim // 4, 4 * grid
+        self.stride, self.dim, self.embed_dim, self.grid = cfg.patch, dim, dim // 4, 4 * grid  # grid when masked
         self.patch_embed = nn.Conv2d(3, dim // 4, cfg.patch // 4, cfg.patch // 4)
         self.patch_norm = nn.LayerNorm(dim // 4, eps=1e-6)
         stage1, stage2 = ([MlpBlock(width) for _ in range(4)] for width in (dim // 4, dim // 2))  # two MLPs a block
@@ -375,7 +399,7 @@ class HiViTEncoder(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, grid * grid, dim))
         self.blocks = nn.ModuleList(Block(dim, dim // 64) for _ in range(cfg.depth + 4))
         for block in self.blocks:
-            block.attn = RelativeAttention(dim, dim // 64, grid)
+            block.attn = RelativeAttention(dim, dim // 64, grid)                            # else a ViT's block
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -383,7 +407,7 @@ class HiViTEncoder(nn.Module):
 
     def embed(self, x, mask=None, mask_token=None):
         """(B, 3, H, W) → the last block's input (B, N, D)."""
-        x = self.patch_norm(self.patch_embed(x).permute(0, 2, 3, 1))                        # (B, grid, grid, D/4)
+        x = self.patch_norm(self.patch_embed(x).permute(0, 2, 3, 1))                        # (B, 4·H/p, 4·W/p, D/4)
         if mask is not None:
             x = torch.where(spread(mask, self.grid)[..., None], mask_token.to(x.dtype), x)  # §2.2
         x = self.stem(x).flatten(1, 2) + self.pos_embed                                     # (B, N, D)
@@ -391,22 +415,27 @@ class HiViTEncoder(nn.Module):
             x = block(x)
         return x
 
-    forward, features, attention = Encoder.forward, Encoder.features, Encoder.attention
+    forward, features, attention = Encoder.forward, Encoder.features, Encoder.attention     # as in the ViT
 
 
 class MCLim(nn.Module):
     """Both branches and the loss (Figure 1). `forward` is §2.2 to §2.5."""
+    restored = "reconstruction\n(each patch given its\ntrue mean and contrast)"
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
         self.encoder = {"vit": Encoder, "swin": SwinEncoder, "hivit": HiViTEncoder}[cfg.backbone](cfg)
         self.blocks = cfg.img // (cfg.patch if cfg.backbone == "vit" else 2 * cfg.patch)
         self.mask_token = nn.Parameter(torch.zeros(self.encoder.embed_dim), requires_grad=cfg.mask > 0)
-        nn.init.normal_(self.mask_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)                                          # SimMIM's
         D, P = self.encoder.dim, 3 * self.encoder.stride ** 2
-        self.T1 = {"linear": lambda: nn.Linear(D, P),                                       # Table 3
-                   "mlp": lambda: mlp(D, round(cfg.hidden * D), P),
-                   "vit": lambda: nn.Sequential(Block(D, max(1, D // 64)), nn.Linear(D, P))}[cfg.head]()
+        if cfg.head == "linear":                                                            # Table 3
+            self.T1 = nn.Linear(D, P)
+        elif cfg.head == "mlp":
+            self.T1 = mlp(D, round(cfg.hidden * D), P)
+        else:
+            self.T1 = nn.Sequential(Block(D, cfg.heads if cfg.backbone == "vit" else D // 64), nn.Linear(D, P))
         self.T1.apply(init_weights)
         if cfg.contrast != "none":
             momentum = cfg.target == "momentum"
@@ -415,44 +444,45 @@ class MCLim(nn.Module):
 
     def forward(self, view1, view2):
         """Normalised views (B, 3, H, W) → {"loss": Eq. 10, "reconstruction": Eq. 6, "contrast": Eq. 9 or 7}."""
-        cfg, p = self.cfg, self.encoder.stride
-        mask = random_mask(len(view1), self.blocks, cfg.mask, view1.device)                 # §2.2  (B, blocks, blocks)
+        cfg, p, both = self.cfg, self.encoder.stride, self.cfg.contrast != "none"
+        mask = random_mask(len(view1), self.blocks, cfg.mask, view1.device)                 # §2.2   (B, n, n)
         tokens1 = self.encoder(view1, mask, self.mask_token)                                # Eq. 1  (B, N, D)
+        tokens2 = self.F2(view2) if both else None                                          # Eq. 2  (B, N, D)
         Z1 = self.T1(tokens1)                                                               # Eq. 3  (B, N, P)
         y = unpatchify(Z1, p)                                                               # Eq. 4  (B, 3, H, W)
+        Z2 = self.T2(tokens2) if both else None                                             # Eq. 5  (B, N, P)
 
-        over = spread(mask, view1.shape[2] // p).flatten(1)                                 # (B, N)
-        over = over if cfg.l1 == "pre" else torch.ones_like(over)                           # Table 4
-        L1 = reconstruction_loss(patchify(y, p), normalize_patches(patchify(view1, p)), over)  # Eq. 6
-        if cfg.contrast == "none":
+        counted = spread(mask, view1.shape[2] // p).flatten(1)                              # (B, N)
+        counted = counted if cfg.l1 == "pre" else torch.ones_like(counted)                  # Table 4
+        target = normalize_patches(patchify(view1, p))                                      # (B, N, P)
+        L1 = reconstruction_loss(patchify(y, p), target, counted)                           # Eq. 6
+        if not both:
             return {"loss": cfg.lam * L1, "reconstruction": L1}
 
-        tokens2 = self.F2(view2)                                                            # Eq. 2  (B, N, D)
-        Z2 = self.T2(tokens2)                                                               # Eq. 5  (B, N, P)
-        z1, z2 = gather(Z1.mean(1)), gather(Z2.mean(1))                                     # (B, P) of all processes
-        L2 = {"dcl": dcl_loss, "infonce": info_nce_loss}[cfg.contrast](z1, z2, cfg.tau)     # Eq. 9 or Eq. 7
+        z1, z2 = gather(Z1.float().mean(1)), gather(Z2.float().mean(1))                     # (world·B, P)
+        L2 = (dcl_loss if cfg.contrast == "dcl" else info_nce_loss)(z1, z2, cfg.tau)        # Eq. 9 or Eq. 7
         return {"loss": cfg.lam * L1 + L2, "reconstruction": L1, "contrast": L2}            # Eq. 10
 
     @torch.no_grad()
     def reconstruct(self, x):
-        """Normalised images (B, 3, H, W) → (masked input, prediction), both as such images.
+        """Normalised images (B, 3, H, W) → (masked input, prediction), both normalised images.
 
         The prediction is of normalised pixels: each patch gets its true mean and deviation back. Where the loss leaves
         out visible patches (--l1 pre), they are shown as they are.
         """
-        p, patches = self.encoder.stride, patchify(x, self.encoder.stride)
+        p, patches = self.encoder.stride, patchify(x, self.encoder.stride)                  # (B, N, P)
         mask = random_mask(len(x), self.blocks, self.cfg.mask, x.device)
-        y = patchify(unpatchify(self.T1(self.encoder(x, mask, self.mask_token)), p), p).float()
+        masked = spread(mask, x.shape[2] // p).flatten(1)[:, :, None]                       # (B, N, 1)
+        y = self.T1(self.encoder(x, mask, self.mask_token)).float()                         # (B, N, P)
         y = y * (patches.var(2, keepdim=True) + 1e-6).sqrt() + patches.mean(2, keepdim=True)
-        over = spread(mask, x.shape[2] // p).flatten(1)[:, :, None]                         # (B, N, 1)
-        shown = torch.where(over, y, patches) if self.cfg.l1 == "pre" else y
-        return unpatchify(patches.masked_fill(over, 0), p), unpatchify(shown, p)
+        shown = torch.where(masked, y, patches) if self.cfg.l1 == "pre" else y
+        return unpatchify(patches.masked_fill(masked, 0), p), unpatchify(shown, p)
 
 
 # Loss, §2.5
 
 def normalize_patches(patches):
-    """Each patch of (B, N, P) to mean 0 and standard deviation 1: the "normalized pixels" of §2.5."""
+    """Each patch of (B, N, P) to mean 0 and standard deviation 1, as in MAE: the "normalized pixels" of §2.5."""
     return (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
 
 
@@ -463,10 +493,10 @@ def reconstruction_loss(pred, target, mask):
 
 
 def info_nce_loss(z1, z2, tau):
-    """InfoNCE of the pairs z1[i], z2[i] (B, D), mean over both views. Eq. 7, with U of Eq. 8."""
+    """InfoNCE of the pairs z1[i], z2[i] (B, any width), mean over both views. Eq. 7, with U of Eq. 8."""
     with torch.autocast(z1.device.type, enabled=False):
         B = len(z1)
-        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)                                 # (2B, D)
+        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)                                 # (2B, width)
         logits = z @ z.mT / tau                                                             # (2B, 2B)
         positive = logits.diagonal(B).repeat(2)                                             # (2B)  <z_i^1, z_i^2>/τ
         same = torch.eye(B, dtype=torch.bool, device=z.device).repeat(2, 2)                 # j = i, in both views l
@@ -475,10 +505,10 @@ def info_nce_loss(z1, z2, tau):
 
 
 def dcl_loss(z1, z2, tau):
-    """Decoupled contrastive loss of the pairs z1[i], z2[i] (B, D), mean over both views. Eq. 9, with U of Eq. 8."""
+    """Decoupled contrastive loss of the pairs z1[i], z2[i] (B, any width), mean over both views. Eq. 9, U of Eq. 8."""
     with torch.autocast(z1.device.type, enabled=False):
         B = len(z1)
-        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)                                 # (2B, D)
+        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)                                 # (2B, width)
         logits = z @ z.mT / tau                                                             # (2B, 2B)
         positive = logits.diagonal(B).repeat(2)                                             # (2B)  <z_i^1, z_i^2>/τ
         same = torch.eye(B, dtype=torch.bool, device=z.device).repeat(2, 2)                 # j = i, in both views l
@@ -505,7 +535,6 @@ def train(cfg):
     data = load_images(cfg.data, "train", cfg.img, cfg.root, cfg.workers, cfg.seed)
     test = load_images(cfg.data, "test", cfg.img, cfg.root, cfg.workers, cfg.seed)
     batches = Batches(data[0], cfg.batch, cfg.seed, here)
-    examples = normalize(resize(test[0][:8].to(here.device), cfg.img))
 
     torch.manual_seed(cfg.seed)
     model = MCLim(cfg).to(here.device)
@@ -517,7 +546,7 @@ def train(cfg):
 
     run = Run("mclim", cfg, here, len(batches))
     step = run.resume(model=model, optimizer=optimizer)
-    while step < steps and not run.stopping:
+    while step < steps and not run.stopped:
         seed_step(cfg.seed, step, here.rank)
         view1, view2 = views(batches[step], cfg)
         with autocast(here.device, cfg.amp):
@@ -528,21 +557,14 @@ def train(cfg):
         optimizer.step()
         optimizer.zero_grad()
         if cfg.contrast != "none" and cfg.target == "momentum":                             # F₂, T₂ follow F₁, T₁
-            m = 1 - (1 - cfg.momentum) * (1 + math.cos(math.pi * step / steps)) / 2
+            m = 1 - (1 - cfg.momentum) * (1 + math.cos(math.pi * step / steps)) / 2         # MoCo v3's, up to 1
             get_ema_multi_avg_fn(m)([*model.F2.parameters(), *model.T2.parameters()],
-                                    [*model.encoder.parameters(), *model.T1.parameters()], step)
+                                    [*model.encoder.parameters(), *model.T1.parameters()], None)
 
         step += 1
-        epoch, rest = divmod(step, len(batches))
-        run.log(step, losses, optimizer.param_groups[0]["lr"], now=rest == 0)
-        if rest == 0 and cfg.knn_every and epoch % cfg.knn_every == 0 and here.rank == 0:
-            run.note(step, online_knn(model.encoder, data, test, cfg, here))
-        if rest == 0 or run.stopping:
-            masked, prediction = model.reconstruct(examples)
-            label = "reconstruction\n(each patch given its\ntrue mean and contrast)"
-            run.save(step, {"original": examples, "masked": masked, label: prediction}, model, optimizer)
-    run.finish()
-    return run.folder
+        run.log(step, losses, optimizer.param_groups[0]["lr"])
+        run.save(step, model, optimizer, data, test)
+    return run.finish()
 
 
 def main(argv=None):

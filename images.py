@@ -211,7 +211,7 @@ class Batches:
 def normalize(images):
     """0…1 to ImageNet's mean 0 and standard deviation 1."""
     mean, std = (torch.tensor(v).to(images.device, non_blocking=True)[:, None, None] for v in (MEAN, STD))
-    return (images - mean) / std
+    return images.sub(mean).div_(std)
 
 
 def denormalize(images):
@@ -266,15 +266,17 @@ def random_resized_crop(images, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
 
 
 def apply_to(images, chosen, change, *values):
-    """`images`, the rows where `chosen` (bool (B,), on the CPU) replaced by change(those rows, their values)."""
+    """Replaces, in place, the images where `chosen` (bool (B,), on the CPU) by change(these images, their values)."""
     ids = chosen.nonzero().flatten()
-    where, *values = (v.to(images.device, non_blocking=True) for v in (ids, *(v[ids] for v in values)))
-    return images.index_copy(0, where, change(images[where], *values)) if len(ids) else images
+    if len(ids):
+        where, *values = (v.to(images.device, non_blocking=True) for v in (ids, *(v[ids] for v in values)))
+        images.index_copy_(0, where, change(images[where], *values))
+    return images
 
 
 def random_hflip(images, p=0.5):
     """Mirrors each image with probability p."""
-    return apply_to(images, torch.rand(len(images)) < p, lambda x: x.flip(3))
+    return apply_to(images.clone(), torch.rand(len(images)) < p, lambda x: x.flip(3))
 
 
 def grayscale(images):
@@ -285,7 +287,7 @@ def grayscale(images):
 
 def random_grayscale(images, p=0.2):
     """Makes each image grey with probability p."""
-    return apply_to(images, torch.rand(len(images)) < p, lambda x: grayscale(x).expand_as(x))
+    return apply_to(images.clone(), torch.rand(len(images)) < p, lambda x: grayscale(x).expand_as(x))
 
 
 def adjust_brightness(images, factor):
@@ -295,8 +297,8 @@ def adjust_brightness(images, factor):
 
 def adjust_contrast(images, factor):
     """Blends with the image's mean grey: factor (B,) ≥ 0, 1 changes nothing."""
-    mean = grayscale(images).mean((1, 2, 3), keepdim=True)
-    return torch.lerp(mean.expand_as(images), images, factor[:, None, None, None]).clamp_(0, 1)
+    mean, factor = grayscale(images.mean((2, 3), keepdim=True)), factor[:, None, None, None]
+    return (images * factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
 def adjust_saturation(images, factor):
@@ -306,13 +308,14 @@ def adjust_saturation(images, factor):
 
 def adjust_hue(images, factor):
     """Turns the hue by `factor` (B,) of the colour circle, -0.5…0.5."""
-    (r, g, b), high = images.unbind(1), images.amax(1)
-    chroma = high - images.amin(1)
-    safe = chroma + (chroma == 0)
-    hue = torch.where(high == r, (g - b) / safe, torch.where(high == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    hue = hue + 6 * factor[:, None, None]                                                  # in sixths of the circle
-    k = torch.stack((hue + 5, hue + 3, hue + 1), 1) % 6                                    # HSV to RGB, per channel
-    return high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+    r, g, b = images.unbind(1)
+    high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    chroma, red, green = high - low, high == r, high == g
+    hue = torch.where(red, g - b, torch.where(green, b - r, r - g)) / chroma.clamp(min=1e-9)
+    hue += torch.where(red, 0.0, torch.where(green, 2.0, 4.0)) + 6 * factor[:, None, None]  # in sixths of the circle
+    hue -= 6 * (hue / 6).floor_()                                                          # 0 … 6
+    pure = torch.stack(((hue - 3).abs_() - 1, 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()), 1).clamp_(0, 1)
+    return torch.addcmul(low[:, None], chroma[:, None], pure)                              # red at 0, green 2, blue 4
 
 
 def color_jitter(images, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8):
@@ -320,7 +323,7 @@ def color_jitter(images, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, 
     B, changes = len(images), (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
     factors = [torch.empty(B).uniform_(max(0, 1 - s), 1 + s) for s in (brightness, contrast, saturation)]
     factors.append(torch.empty(B).uniform_(-hue, hue))
-    order, chosen = torch.rand(B, 4).argsort(1), torch.rand(B) < p
+    order, chosen, images = torch.rand(B, 4).argsort(1), torch.rand(B) < p, images.clone()
     for turn in range(4):
         for i, change in enumerate(changes):
             images = apply_to(images, chosen & (order[:, turn] == i), change, factors[i])
@@ -334,4 +337,5 @@ def gaussian_blur(images, p=0.5, sigma=(0.1, 2.0)):
                    for n in x.shape[2:]]
         rows, columns = (torch.softmax(-d / (2 * s[:, None, None] ** 2), 2)[:, None] for d in squares)
         return rows @ x @ columns.mT                                                       # rows (B, 1, H, H)
-    return apply_to(images, torch.rand(len(images)) < p, blur, torch.empty(len(images)).uniform_(*sigma))
+    sigmas = torch.empty(len(images)).uniform_(*sigma)
+    return apply_to(images.clone(), torch.rand(len(images)) < p, blur, sigmas) if p > 0 else images

@@ -3,7 +3,6 @@ import ast, csv, inspect, json, math, os, pathlib, re, resource, shlex, signal, 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +10,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-import common
-import eval_linear
-import images
-import mclim
+import common, eval_linear, images, mclim
 
 HERE = pathlib.Path(__file__).parent
 METHODS = {"mclim": range(1, 11)}  # file → the equations of its paper
@@ -65,7 +61,6 @@ def test_contrastive_losses_are_the_formulas(tau):
 def test_contrastive_losses_stay_in_float32_under_autocast():
     z1, z2 = normal(8, 16), normal(8, 16, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(mclim.dcl_loss(z1, z2, 0.1), mclim.dcl_loss(z1.clone(), z2, 0.1))
         inside = mclim.dcl_loss(z1, z2, 0.1), mclim.info_nce_loss(z1, z2, 0.1)
     assert torch.equal(inside[0], mclim.dcl_loss(z1, z2, 0.1)) and inside[0].dtype == torch.float32
     assert torch.equal(inside[1], mclim.info_nce_loss(z1, z2, 0.1))
@@ -78,6 +73,8 @@ def test_reconstruction_loss_is_the_formula():
     loss = mclim.reconstruction_loss(pred, target, mask.bool()).item()
     assert loss == pytest.approx(sum(errors) / len(errors), rel=1e-5)
     assert mclim.reconstruction_loss(pred, target, torch.zeros(3, 4)).item() == 0
+    patches = mclim.normalize_patches(3 * normal(2, 4, 48) + 5)
+    assert patches.mean(2).abs().max() < 1e-5 and (patches.std(2) - 1).abs().max() < 1e-4
 
 
 def test_unmasked_targets_do_not_matter_to_the_prediction_loss():
@@ -85,11 +82,6 @@ def test_unmasked_targets_do_not_matter_to_the_prediction_loss():
     before = mclim.reconstruction_loss(pred, target, mask)
     assert torch.equal(before, mclim.reconstruction_loss(pred, target + 9 * ~mask[:, :, None], mask))
     assert not torch.equal(before, mclim.reconstruction_loss(pred, target + 9 * mask[:, :, None], mask))
-
-
-def test_normalized_patches():
-    patches = mclim.normalize_patches(3 * normal(2, 4, 48) + 5)
-    assert patches.mean(2).abs().max() < 1e-5 and (patches.std(2) - 1).abs().max() < 1e-4
 
 
 # Masking, patches, model
@@ -146,12 +138,9 @@ def test_masked_pixels_do_not_reach_the_encoder(cfg):
         model.mask_token.normal_()
     mask = mclim.random_mask(4, model.blocks, 0.5)
     hidden = mclim.spread(mask, 16)[:, None]
-
-    def tokens(image):
-        return model.encoder(image, mask, model.mask_token)
-
-    assert torch.equal(tokens(x), tokens(torch.where(hidden, 7.0, x)))
-    assert not torch.allclose(tokens(x), tokens(torch.where(hidden, x, 7.0)))
+    tokens, other_masked, other_visible = (model.encoder(image, mask, model.mask_token) for image in
+                                           (x, torch.where(hidden, 7.0, x), torch.where(hidden, x, 7.0)))
+    assert torch.equal(tokens, other_masked) and not torch.allclose(tokens, other_visible)
 
 
 @pytest.mark.parametrize("cfg", BACKBONES, ids=lambda cfg: cfg.backbone)
@@ -221,7 +210,7 @@ def test_moco_v3_and_simmim_fall_out_of_flags():
     moco = mclim.MCLim(replace(SMALL, mask=0.0, lam=0.0))
     losses = moco(view1, view2)
     z = [part(net(view)).mean(1) for part, net, view in ((moco.T1, moco.encoder, view1), (moco.T2, moco.F2, view2))]
-    assert losses["reconstruction"] == 0
+    assert losses["reconstruction"] == 0 and not moco.mask_token.requires_grad
     assert losses["loss"].item() == pytest.approx(mclim.dcl_loss(*z, moco.cfg.tau).item(), rel=1e-5)
     simmim = mclim.MCLim(replace(SMALL, contrast="none"))
     losses = simmim(view1, view2)
@@ -231,7 +220,7 @@ def test_moco_v3_and_simmim_fall_out_of_flags():
 
 def test_vit_state_dict_has_timms_names():
     keys = set(mclim.Encoder(SMALL).state_dict())
-    block = ("norm1 attn.qkv attn.proj norm2 mlp.fc1 mlp.fc2").split()
+    block = "norm1 attn.qkv attn.proj norm2 mlp.fc1 mlp.fc2".split()
     names = ["patch_embed.proj", "norm"] + [f"blocks.{i}.{part}" for i in range(SMALL.depth) for part in block]
     assert keys == {"pos_embed"} | {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
 
@@ -263,10 +252,9 @@ def test_views_are_section_2_1():
     assert view1.shape == view2.shape == (6, 3, 24, 24) and view1.dtype == torch.float32
     plain = replace(cfg, crop_min=1.0, crop_max=1.0, jitter=0.0, gray=0.0)
     flat = (255 * torch.rand(6, 3, 1, 1)).byte().expand(6, 3, 16, 16)
-    view1, view2 = mclim.views(flat, plain)
     expected = common.normalize(flat[:, :, :1, :1] / 255)
-    assert torch.allclose(view1, expected, atol=1e-5) and torch.allclose(view2, expected, atol=1e-5)
-    view1, view2 = mclim.views(flat, replace(plain, gray=1.0))                             # only branch 2 is changed
+    assert all(torch.allclose(view, expected, atol=1e-5) for view in mclim.views(flat, plain))
+    view1, view2 = mclim.views(flat, replace(plain, gray=1.0))  # only branch 2 is changed
     grey = common.denormalize(view2)
     assert torch.allclose(view1, expected, atol=1e-5) and (grey - grey.mean(1, keepdim=True)).abs().max() < 1e-5
     assert not torch.allclose(mclim.views(flat, replace(plain, jitter=1.0))[1], expected, atol=1e-2)
@@ -322,6 +310,11 @@ def test_each_image_has_its_own_random_numbers():
         assert abs(changed.double().mean().item() - p) <= 0.01 + 4 * math.sqrt(p * (1 - p) / 400), name
         kinds = len(out.flatten(1).unique(dim=0))
         assert kinds == 2 if name in ("random_hflip", "random_grayscale") else kinds > 100, name
+    for strengths in 0.4 * torch.eye(4):
+        assert len(common.color_jitter(same, *strengths.tolist(), p=1.0).flatten(1).unique(dim=0)) > 300
+    chosen, value = torch.tensor([0, 1, 0, 1, 1]).bool(), torch.arange(5.0)
+    out = images.apply_to(torch.zeros(5, 3, 2, 2), chosen, lambda x, v: x + v[:, None, None, None], value)
+    assert torch.equal(out[:, 2, 1, 0], chosen * value)
 
 
 def test_blur_is_gaussian():
@@ -383,7 +376,6 @@ def test_shapes_are_fixed_by_the_seed_and_not_told_by_colour_or_place():
     assert torch.equal(x, again) and not torch.equal(x, other)
     assert x.shape == (5000, 3, 16, 16) and torch.equal(y.bincount(), torch.full((10,), 500))
     q, answers = common.load_images("shapes", "test", 16)
-    assert not any(torch.equal(q[0], image) for image in x)
 
     def place(images):  # the centre of what is not ground
         ink = (images.float() - images[:, :, :1, :1].float()).abs().mean(1)
@@ -391,16 +383,15 @@ def test_shapes_are_fixed_by_the_seed_and_not_told_by_colour_or_place():
         return torch.stack([(ink.sum(1) * axis).sum(1), (ink.sum(2) * axis).sum(1)], 1) / ink.sum((1, 2))[:, None]
 
     for cue in (lambda images: images[:, :, 0, 0] / 255 - 0.5, lambda images: place(images) - 7.5):
-        assert common.knn_accuracy(cue(x), y, cue(q), answers) < 0.25
+        assert common.knn_accuracy(cue(x), y, cue(q), answers) < 0.15
     assert common.knn_accuracy(x.flatten(1) / 255 - 0.5, y, q.flatten(1) / 255 - 0.5, answers) > 0.25
 
 
 def test_batches_cover_an_epoch_and_are_shared_out():
     pool = torch.arange(103, dtype=torch.uint8)[:, None, None, None].expand(103, 3, 2, 2)
     alone = common.Batches(pool, 10, 0, common.Here(0, 1, torch.device("cpu")))
-    assert len(alone) == 10
     epoch = torch.cat([alone[step] for step in range(10)])[:, 0, 0, 0]
-    assert len(epoch.unique()) == 100
+    assert len(alone) == 10 and len(epoch.unique()) == 100
     assert not torch.equal(torch.cat([alone[step] for step in range(10, 20)])[:, 0, 0, 0], epoch)
     two = [common.Batches(pool, 5, 0, common.Here(rank, 2, torch.device("cpu"))) for rank in (0, 1)]
     for step in (0, 7, 13):
@@ -428,14 +419,17 @@ def test_param_groups():
 
 def test_knn_is_the_vote():
     bank, labels, queries = normal(30, 4), torch.arange(30) % 3, normal(8, 4, seed=1)
-    hits = 0
-    for i, q in enumerate(queries):
+    votes, truth = common.knn_votes(bank, labels, queries, k=5), []
+    for q, ours in zip(queries, votes):
         cosine = [(torch.dot(q, b) / q.norm() / b.norm()).item() for b in bank]
-        votes = [0.0] * 3
+        theirs = [0.0] * 3
         for j in sorted(range(30), key=lambda j: -cosine[j])[:5]:
-            votes[labels[j]] += math.exp(cosine[j] / 0.07)
-        hits += votes.index(max(votes)) == i % 3
-    assert common.knn_accuracy(bank, labels, queries, torch.arange(8) % 3, k=5) == pytest.approx(hits / 8)
+            theirs[labels[j]] += math.exp(cosine[j] / 0.07)
+        assert ours.tolist() == pytest.approx(theirs, rel=1e-4)
+        truth.append(theirs.index(max(theirs)))
+    truth = torch.tensor(truth)
+    assert common.knn_accuracy(bank, labels, queries, truth, k=5) == 1
+    assert common.knn_accuracy(bank, labels, queries, (truth + (torch.arange(8) < 2)) % 3, k=5) == 0.75
 
 
 def test_linear_probe_separates_what_is_separable():
@@ -457,8 +451,8 @@ def test_branch_2_is_the_momentum_average(few, tmp_path):
     mclim.train(cfg)                                                                       # one step
     torch.manual_seed(cfg.seed)
     start, end = mclim.MCLim(cfg).state_dict(), common.load_checkpoint(tmp_path / "run")["model"]
-    for part in ("blocks.0.attn.qkv.weight", "fc2.bias"):
-        two, one = ("T2." + part, "T1." + part) if part == "fc2.bias" else ("F2." + part, "encoder." + part)
+    for two, one, part in (("F2.", "encoder.", "blocks.0.attn.qkv.weight"), ("T2.", "T1.", "fc2.bias")):
+        two, one = two + part, one + part
         assert not torch.equal(end[one], start[one])
         assert torch.allclose(end[two], 0.9 * start[two] + 0.1 * end[one], atol=1e-7)
     assert torch.equal(end["encoder.patch_embed.proj.weight"], start["encoder.patch_embed.proj.weight"])
@@ -518,11 +512,9 @@ def test_flags_are_the_fields():
 
 
 def test_every_command_of_the_readme_is_understood():
-    text = (HERE / "README.md").read_text()
-    commands = re.findall(r"python mclim\.py ([^\n`|]*)", text) + re.findall(r"mclim\.py ([^\n`|]*)`", text)
+    commands = re.findall(r"mclim\.py ([^\n`|]*)", (HERE / "README.md").read_text())
     assert len(commands) > 20
-    for command in commands:
-        args = shlex.split(command.split("&&")[0])
+    for args in (shlex.split(command.split("&&")[0]) for command in commands if "-" in command):
         if not {"--resume", "--help"} & set(args):
             common.command_line("mclim", mclim.Config, mclim.TINY, args)
 
@@ -558,8 +550,15 @@ BAD = {  # command, after which one line on standard error holds these words and
 
 
 @pytest.fixture(scope="session", autouse=True)
+def early(request):
+    """Starts `answers` before the first test, if a later one asks for it: they run beside the others."""
+    if any("answers" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("answers")
+
+
+@pytest.fixture(scope="session")
 def answers(tmp_path_factory):
-    """All of BAD, and the training of the last test, as real processes, two at a time, beside the other tests."""
+    """All of BAD, and the training of the last test, as real processes, two at a time."""
     tmp = tmp_path_factory.mktemp("bad")
     (tmp / "empty" / "train" / "ant").mkdir(parents=True)
     for name in ("broken", "strange"):
@@ -591,8 +590,6 @@ def answers(tmp_path_factory):
                 for name, command in commands.items()}
         jobs["probe"] = pool.submit(run, HERE / "eval_linear.py", tmp / "truncated", cwd=tmp)
         yield {"tmp": tmp, **jobs}
-        for job in jobs.values():
-            job.cancel()
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -647,13 +644,14 @@ def test_a_killed_and_resumed_run_ends_in_the_same_weights(tmp_path):
         process.send_signal(sign)
         assert process.wait() == status
         assert 0 < common.load_checkpoint(out)["step"] < 80
+        with open(out / "metrics.csv", "a") as file:  # rows that the resumed run writes again, the last one broken off
+            file.write("79,3.95,0.1,,1,1,1,9\n80,4")
         answer = run(HERE / "mclim.py", "--resume", out)
         assert answer.returncode == 0, answer.stderr
     assert whole.wait() == 0
     reference = weights(tmp_path / "whole")
-    for name in ("killed", "stopped"):
-        ours = weights(tmp_path / name)
-        assert ours.keys() == reference.keys() and all(torch.equal(ours[k], reference[k]) for k in ours), name
+    for ours in (weights(tmp_path / "killed"), weights(tmp_path / "stopped")):
+        assert ours.keys() == reference.keys() and all(torch.equal(ours[k], reference[k]) for k in ours)
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
 
 
@@ -661,7 +659,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     out = tmp_path / "run"
     assert run(HERE / "mclim.py", *FLAGS, "--epochs", 1, "--warmup", 0, "--out", out).returncode == 0
     facts = json.loads((out / "config.json").read_text())
-    facts["config"]["epochs"] = 2                                                          # more to do, no room for it
+    facts["config"]["epochs"] = 2  # more to do, no room for it
     (out / "config.json").write_text(json.dumps(facts))
     before, room = weights(out), (out / "last.pt").stat().st_size // 2
     small = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))}

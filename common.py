@@ -346,8 +346,8 @@ class Run:
                 self.write({"step": step, "epoch": epoch, "knn": knn})
                 print(f"{chr(10) * sys.stdout.isatty()}kNN top-1 after epoch {epoch}: {100 * knn:.1f} %", flush=True)
             if stop or epoch == self.cfg.epochs or time.time() - self.drawn > 60:
-                eight = test[0][::max(1, len(test[0]) // 8)][:8].to(self.here.device)
-                images = normalize(resize(eight, self.cfg.img))
+                eight = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(0))[:8]
+                images = normalize(resize(test[0][eight].to(self.here.device), self.cfg.img))
                 masked, prediction = model.reconstruct(images)
                 draw_images(self.folder / "reconstruction.png",
                             {"original": images, "masked": masked, model.restored: prediction})
@@ -363,9 +363,10 @@ class Run:
             seconds, cuda = round(time.time() - self.began), self.here.device.type == "cuda"
             peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory" if cuda else ""
             following = f"{self.method}.py --resume" if self.stopped else "eval_linear.py"
+            python = min(sys.executable, os.path.relpath(sys.executable), key=len)
             print(f"{chr(10) * sys.stdout.isatty()}{'stopped' if self.stopped else 'done'} after "
                   f"{datetime.timedelta(seconds=seconds)}{peak}; pictures, metrics, checkpoints: {self.folder}\n"
-                  f"next: python {following} {shlex.quote(str(self.folder))}")
+                  f"next: {python} {following} {shlex.quote(str(self.folder))}")
         if self.stopped:
             raise SystemExit(128 + self.signal)
         return self.folder

@@ -73,7 +73,8 @@ blocks are 2p×2p: 32×32 at the default p = 16 (§3.2).
     python mclim.py --tiny --data shapes                     a first look on a laptop
     python eval_linear.py runs/mclim-DATE-TIME               kNN and linear probe of what came out
 
-Measured with this file: RESULTS.md.
+Measured: --tiny, 6 epochs of CIFAR-10 (JPEG) on two CPU cores: kNN 44.4 %, linear probe 49.5 % (untrained 33.7, 43.5).
+The paper's configuration is not measured yet. Commands and the rest: RESULTS.md.
 """
 import copy, math, sys
 from collections import OrderedDict

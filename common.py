@@ -2,7 +2,7 @@
 
 The other half, data sets and augmentation, stands in images.py; a method file takes both from here.
 """
-import argparse, csv, dataclasses, datetime, errno, inspect, json, math, os, pathlib, re, shlex, shutil, signal
+import argparse, csv, dataclasses, datetime, errno, gc, inspect, json, math, os, pathlib, re, shlex, shutil, signal
 import subprocess, sys, time, typing
 
 import matplotlib
@@ -69,7 +69,7 @@ def read_facts(run, method, Config):
 
 
 def launch(method, Config, TINY, train, argv=None):
-    """Runs a method's command line. Returns the exit status: 2, the user can mend it; 1, the loss blew up."""
+    """Runs a method's command line. Returns the exit status: 2, the user can mend it; 1, the loss blew up; 130, ^C."""
     try:
         train(command_line(method, Config, TINY, argv))
         return 0
@@ -82,8 +82,11 @@ def launch(method, Config, TINY, train, argv=None):
         line, status = "out of GPU memory: lower --batch, or --img, --dim or --depth", 2
     except FloatingPointError as error:
         line, status = str(error), 1
+    except KeyboardInterrupt:
+        line, status = "stopped before the first step", 130
     finally:
-        if dist.is_initialized():  # not before the model is gone: its averaging still holds the group
+        if dist.is_initialized():
+            gc.collect()  # the model goes first: its averaging still holds the group
             dist.destroy_process_group()
     print(f"{method}.py: {line}", file=sys.stderr)
     return status
@@ -180,10 +183,7 @@ def knn_accuracy(features, labels, queries, query_labels, k=20, tau=0.07):
 
 
 def online_knn(encoder, train, test, cfg, here):
-    """knn_accuracy on the same 5,000 training and 1,000 test images each time: a thermometer, not a result.
-
-    train, test: (images, labels) as load_images gives them; -1 labels are left out.
-    """
+    """knn_accuracy on the same 5,000 and 1,000 labelled images of load_images' pairs `train` and `test` each time."""
     parts = []
     for (images, labels), n in ((train, 5_000), (test, 1_000)):
         ids = (labels >= 0).nonzero().flatten()
@@ -251,8 +251,7 @@ class Run:
     def __init__(self, method, cfg, here, per_epoch):
         self.folder = pathlib.Path(cfg.out or time.strftime(f"runs/{method}-%Y%m%d-%H%M%S"))
         self.method, self.cfg, self.here, self.per_epoch = method, cfg, here, per_epoch
-        self.rows, self.sums, self.signal, self.drawn, self.logged = [], {}, 0, 0, 0
-        self.stopping = self.stopped = False
+        self.rows, self.sums, self.signal, self.drawn, self.logged, self.leaving, self.stopped = [], {}, 0, 0, 0, 0, 0
         if not cfg.resume and here.rank == 0:
             check(not self.folder.exists() or self.folder.is_dir() and not any(self.folder.iterdir()), "--out",
                   self.folder, "must be new or empty; --resume goes on with a run")
@@ -267,10 +266,10 @@ class Run:
         self.began = self.clock = time.time()
 
     def stop(self, sign, frame):
-        """Notes a signal; a second one ends the program at once."""
+        """Notes a signal for `log`; a second one ends the program at once."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self.signal, self.stopping = sign, self.here.world == 1  # several processes agree on it in `log`
+        self.signal = sign
 
     def resume(self, **parts):
         """The step to go on from, 0 in a new run. Reads the checkpoint into `parts`, and the metrics up to it."""
@@ -303,7 +302,8 @@ class Run:
         for name, value in losses.items():
             total, n = self.sums.get(name, (0.0, 0))
             self.sums[name] = total + value.detach(), n + 1
-        if step % self.cfg.log_every and step % self.per_epoch and not self.stopping:
+        self.leaving = self.signal > 0 and self.here.world == 1  # several processes agree on it below
+        if step % self.cfg.log_every and step % self.per_epoch and not self.leaving:
             return
         means, self.sums = {name: float(total) / n for name, (total, n) in self.sums.items()}, {}
         terms = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
@@ -312,7 +312,7 @@ class Run:
         if self.here.world > 1:
             asked = torch.tensor(self.signal, device=self.here.device)
             dist.all_reduce(asked, dist.ReduceOp.MAX)
-            self.signal, self.stopping = int(asked), bool(asked)
+            self.signal, self.leaving = int(asked), bool(asked)
         pace = (time.time() - self.clock) / (step - self.logged)
         if self.here.rank == 0:
             speed, epoch, epochs = self.cfg.batch * self.here.world / pace, step / self.per_epoch, self.cfg.epochs
@@ -328,24 +328,23 @@ class Run:
         return next((str(f) for f in (self.folder / "last.pt", self.folder / "previous.pt") if f.exists()), "none yet")
 
     def save(self, step, model, optimizer, train, test):
-        """At the end of an epoch or after a signal: checkpoint and encoder.pt, then kNN check and pictures if due.
+        """At the end of an epoch or after a signal: encoder.pt, kNN check and pictures if due, then the checkpoint.
 
         train, test: (images, labels) of load_images. Pictures are drawn at most once a minute, and at the end. Raises
         FloatingPointError if a weight is not finite.
         """
-        stop, (epoch, rest) = self.stopping, divmod(step, self.per_epoch)
-        if rest and not stop:
+        epoch, rest = divmod(step, self.per_epoch)
+        if rest and not self.leaving:
             return
         if self.here.rank == 0:
             if not all(p.isfinite().all() for p in model.parameters()):
                 raise FloatingPointError(f"a weight is not finite at step {step}; last good checkpoint: {self.last()}")
-            save_checkpoint(self.folder / "last.pt", self.method, self.cfg, step, model=model, optimizer=optimizer)
             save_file(model.encoder.state_dict(), self.folder / "encoder.pt")
-            if not stop and self.cfg.knn_every and epoch % self.cfg.knn_every == 0:
+            if not rest and self.cfg.knn_every and epoch % self.cfg.knn_every == 0:
                 knn = online_knn(model.encoder, train, test, self.cfg, self.here)
                 self.write({"step": step, "epoch": epoch, "knn": knn})
                 print(f"{chr(10) * sys.stdout.isatty()}kNN top-1 after epoch {epoch}: {100 * knn:.1f} %", flush=True)
-            if stop or epoch == self.cfg.epochs or time.time() - self.drawn > 60:
+            if self.leaving or epoch == self.cfg.epochs or time.time() - self.drawn > 60:
                 eight = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(0))[:8]
                 images = normalize(resize(test[0][eight].to(self.here.device), self.cfg.img))
                 masked, prediction = model.reconstruct(images)
@@ -353,7 +352,8 @@ class Run:
                             {"original": images, "masked": masked, model.restored: prediction})
                 draw_curves(self.folder / "curves.png", self.rows)
                 self.drawn = time.time()
-        self.stopped, self.clock = stop, time.time()
+            save_checkpoint(self.folder / "last.pt", self.method, self.cfg, step, model=model, optimizer=optimizer)
+        self.stopped, self.clock = self.leaving, time.time()
 
     def finish(self):
         """Says where everything is and what to type next; returns the folder, or exits with 128 + the signal."""

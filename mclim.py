@@ -8,14 +8,14 @@ positive pair is left out of the denominator), which keeps it useful at batch 16
 
 Symbols of the paper → here
     x^s, x^v     the patches of a view; its visible ones    view1, view2 (B, 3, H, W)
-    p^u          the learnable vector                       mask_token (D)
+    p^u          the learnable vector                       mask_token (embed_dim, D in the ViT)
     F₁, F₂       encoders of the two branches               encoder (the one that is kept), F2
     T₁, T₂       their projection layers                    T1, T2
     {z_i^s}      tokens from the encoder, i a patch         tokens1, tokens2 (B, N, D)
     Z¹, Z²       tokens from the projection                 Z1, Z2 (B, N, P)
     y            the restored image                         y (B, 3, H, W)
-    n            how many values Eq. 6 averages             where `counted` (B, N) is 1
-    z_i^1, z_i^2 vectors of image i that are contrasted     z1, z2 (B, P)
+    n            what Eq. 6 averages over                   the patches where `counted` (B, N) is 1
+    z_i^1, z_i^2 vectors of image i that are contrasted     z1, z2 (B, P), of all processes
     U_{i,k}      sum over the negatives of z_i^k            log_U (2B): its logarithm, k = 1 in the first B rows
     L_i^k        the loss of one i and k                    the 2B values whose mean a loss returns
     λ, τ         weight of L₁, temperature                  lam, tau
@@ -33,8 +33,9 @@ Where this file departs from the paper
                                           rising to 1 by a cosine; "twin network" may also
                                           mean shared weights
     what vector of Z^k is contrasted      its mean over the N tokens, l2-normalised         -
-    class token, positions                none; fixed sine-cosine: so 43.12 M is met        -
-    "original size" of CIFAR-10           224: so 43.12 M is met by 16×16 patches           --img, --patch
+    class token, positions of the ViT     none; fixed sine-cosine: so 43.12 M is met        -
+    patch, "original size" of CIFAR-10    16, so 43.12 M is met, and 224: §3.2's mask       --patch, --img
+                                          blocks of 32×32 would cover a CIFAR-10 image
     where the vector replaces patches     after the patch embedding, before positions:      -
                                           SimMIM's way
     frozen patch embedding                its convolution, random, the same in both         -
@@ -44,23 +45,28 @@ Where this file departs from the paper
     base rate, schedule, AdamW's betas,   1e-3 for a batch of 256, half a cosine to 0,      --lr --wd --warmup
       decay, warm-up                      PyTorch's betas, 0.05, 10 epochs
     width of T's hidden layer             4 D, with GELU, as in a transformer block         --hidden
+    T maps "to a lower" (§2.4) or "high"  to P, which PixelShuffle needs                    -
+      (§3.2.2) dimension
     T as "1 ViT block"                    the block, and a linear layer from D to P         --head vit
+    blur, in §2.1 but not in Table 2's    none                                              --blur 0.8
+      best row
     strengths of the augmentations        MoCo v3's; no flip, for none is named             (color_jitter's arguments)
     aspect of the crops                   3/4 to 4/3, as random resized crops usually are   -
     widths of Swin and HiViT              Table 1's 49.88 M and 35.88 M fit no published    --dim
-                                          width; nearest are 128 (48.88 M) and 512
-                                          (34.32 M): dim/6 and 2/3 dim at 768
+                                          width; nearest: Swin 128 wide (48.88 M), HiViT
+                                          512 (34.32 M), that is dim/6 and 2/3 dim
     "iterations", 100                     epochs                                            --epochs
     "accuracy"                            linear probe or kNN, by eval_linear.py            -
     Printed otherwise
     around Eq. 2: blanks, {z_i^s}_{i=2}^N the second branch's view and tokens: view2, tokens2
     Eq. 1: {p_i^u}_{i=1}^{u≠v}            the vector, once for each masked patch
     Eq. 4's text: {h_i^s}                 Z¹, as in the formula
-    Eq. 6, 10: n is "the number of        mean over the pixels of the masked patches ("blocked image blocks", Eq. 10),
-      samples" or "of blocked blocks"       or of all: --l1 rec, Table 4
+    Eq. 6: n is "the number of samples"   mean over the pixels of the masked patches (Eq. 10: "the number of blocked
+                                            image blocks"), or of all: --l1 rec, Table 4
     Eq. 7's text: "NPC multiplier"        what DCL removes is the positive, exp(<z_i^1, z_i^2>/τ), in the denominator
     Eq. 10's text: "z_i^l", "i-th branch" z_i^1 is image i in branch 1, z_i^2 the same image in branch 2
     Eq. 9, 10: one i, one k               mean over i and k
+    Table 5: "Contrastive Loss Weight"    λ weighs L₁, the reconstruction, as in Eq. 10
     learning rate "l_r × BatchSize = 256" lr · batch / 256
     §2.3 cites [5] for freezing           it is [3], MoCo v3
 
@@ -68,8 +74,8 @@ Patches of p = --patch: ViT takes p×p. Swin and HiViT start from p/4 and end at
 blocks are 2p×2p: 32×32 at the default p = 16 (§3.2).
 
     python mclim.py --epochs 100 --batch 16                  the paper's experiment
-    python mclim.py --lam 0 --mask 0 --batch 32              Table 1's MoCo v3 with DCL: λ = 0, and nothing masked
-    python mclim.py --contrast none --batch 32               Table 1's SimMIM: no second branch
+    python mclim.py --lam 0 --mask 0 --batch 32              Table 1's MoCo v3 with DCL, to which MCLim "degenerates"
+    python mclim.py --contrast none --batch 32               Table 1's SimMIM, with this file's head, target and crops
     python mclim.py --tiny --data shapes                     a first look on a laptop
     python eval_linear.py runs/mclim-DATE-TIME               kNN and linear probe of what came out
 
@@ -112,7 +118,7 @@ class Config:
     blur: float = 0.0  # probability of blur in view 2; 0.8 is Table 2's last row
     # model
     backbone: Literal["vit", "swin", "hivit"] = "vit"  # encoder, Table 1
-    img: int = 224  # side of the views in pixels, from Table 1's 43.12 M parameters
+    img: int = 224  # side of the views in pixels, from §3.2's mask blocks of 32×32
     patch: int = 16  # side of a patch in pixels, from Table 1's 43.12 M
     dim: int = 768  # width D of the ViT, from Table 1's 43.12 M; Swin begins dim/6 wide, HiViT ends 2/3 dim wide
     depth: int = 6  # blocks of the ViT, Table 1; of Swin's third stage; HiViT's third stage has 4 more
@@ -166,8 +172,8 @@ class Config:
 TINY = Config(img=32, patch=4, dim=192, depth=4, heads=3, epochs=8, batch=128, warmup=1, knn_every=1, tiny=True)
 
 
-# Transformer. B batch, N patches or tokens, D width, P numbers a token restores (3·p·p), p their side, K heads, n mask
-# blocks a side; h, w, C are a map of tokens and its channels.
+# Transformer. B batch, N patches or tokens, D width, K heads, P = 3·p·p numbers that a token restores, p pixels a side
+# (--patch; twice that in Swin), n mask blocks a side, grid patches a side; h, w, C: a map of tokens and its channels.
 
 def sincos_pos_embed(dim, grid):
     """Fixed sine-cosine positions of grid×grid patches, (1, N, D): half of D for the row, half for the column."""
@@ -250,7 +256,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -279,7 +285,7 @@ def spread(mask, grid):
 #   forward(x, mask, mask_token)   (B, 3, H, W) → (B, N, D): tokens; where mask (B, n, n) is 1, patches are replaced
 #   features(x)                    (B, 3, H, W) → (B, D): the mean of the tokens, unmasked
 #   attention(x)                   (B, 3, H, W) → (B, K, N): how their mean query attends to them in the last block,
-#                                  by content alone, without the biases for relative place that Swin and HiViT add
+#                                  by content alone: without Swin's windows, and its and HiViT's biases for place
 
 class Encoder(nn.Module):
     """The ViT without class token; its state dict loads into timm's ViT of the same size (class_token=False,
@@ -392,7 +398,7 @@ class HiViTEncoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         dim, grid = 2 * cfg.dim // 3, cfg.img // cfg.patch
-        self.stride, self.dim, self.embed_dim, self.grid = cfg.patch, dim, dim // 4, 4 * grid  # grid when masked
+        self.stride, self.dim, self.embed_dim, self.grid = cfg.patch, dim, dim // 4, 4 * grid  # where masked
         self.patch_embed = nn.Conv2d(3, dim // 4, cfg.patch // 4, cfg.patch // 4)
         self.patch_norm = nn.LayerNorm(dim // 4, eps=1e-6)
         stage1, stage2 = ([MlpBlock(width) for _ in range(4)] for width in (dim // 4, dim // 2))  # two MLPs a block

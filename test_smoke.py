@@ -672,21 +672,23 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
 # Several processes
 
 PAIR = """
-import sys, torch, torch.distributed as dist, mclim, test_smoke
-from dataclasses import replace
+import gc, sys, torch, torch.distributed as dist, mclim, test_smoke
 from torch.nn.parallel import DistributedDataParallel
+
+def step(rank):
+    torch.manual_seed(0)
+    net = DistributedDataParallel(mclim.MCLim(test_smoke.SMALL))
+    views, mask = test_smoke.pair()
+    mclim.random_mask = lambda *_: mask[6 * rank:][:6]
+    losses = net(*(view[6 * rank:][:6] for view in views))
+    losses["loss"].backward()
+    gradients = {n: p.grad for n, p in net.module.named_parameters() if p.grad is not None}
+    if rank == 0:
+        torch.save({"contrast": losses["contrast"].detach(), "gradients": gradients}, sys.argv[1])
+
 dist.init_process_group("gloo")
-rank = dist.get_rank()
-torch.manual_seed(0)
-model = mclim.MCLim(test_smoke.SMALL)
-views, mask = test_smoke.pair()
-mclim.random_mask = lambda *_: mask[6 * rank:][:6]
-net = DistributedDataParallel(model)
-losses = net(*(view[6 * rank:][:6] for view in views))
-losses["loss"].backward()
-if rank == 0:
-    torch.save({"contrast": losses["contrast"].detach(),
-                "gradients": {n: p.grad for n, p in model.named_parameters() if p.grad is not None}}, sys.argv[1])
+step(dist.get_rank())
+gc.collect()
 dist.destroy_process_group()
 """
 

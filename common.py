@@ -295,7 +295,7 @@ class Run:
         self.rows.append(row)
 
     def log(self, step, losses, lr):
-        """Sums a step's terms; every --log-every steps, at the end of an epoch and of the run, writes their means.
+        """Sums a step's terms; every --log-every steps, at the end of an epoch and after a signal, writes their means.
 
         The one place where the loop waits for the device. Raises FloatingPointError when a term is not finite.
         """

@@ -19,8 +19,7 @@ from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
 from common import UserError, autocast, command_line, param_groups, start_processes
-
-MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from images import MEAN, STD
 
 
 def rate(step, device, seconds=5.0):
@@ -40,7 +39,7 @@ class PilViews(Dataset):
     def __init__(self, images, cfg):
         self.images = [to_pil_image(image) for image in images]
         crop = transforms.RandomResizedCrop(cfg.img, (cfg.crop_min, cfg.crop_max))
-        last = [transforms.ToTensor(), transforms.Normalize(*MEAN_STD)]
+        last = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
         jitter = transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], cfg.jitter)
         self.view1 = transforms.Compose([crop, *last])
         self.view2 = transforms.Compose([crop, jitter, transforms.RandomGrayscale(cfg.gray), *last])

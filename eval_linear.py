@@ -24,6 +24,11 @@ RECIPE = {"optimizer": "AdamW", "lr": 2e-3, "weight_decay": 1e-4, "batch": 256, 
           "kNN": "k 20, cosine, temperature 0.07"}
 
 
+def model_class(module):
+    """The model of a method's file: the class that bears its name, whatever the case."""
+    return next(value for name, value in vars(module).items() if name.lower() == module.__name__)
+
+
 def load_model(file, trained=True):
     """The model of a checkpoint, or with trained=False the same from its seed, and its Config. Raises UserError."""
     state = load_checkpoint(file)
@@ -35,7 +40,7 @@ def load_model(file, trained=True):
     except TypeError as error:
         raise UserError(f"checkpoint {file}: its settings are not those of this {method}.py ({error})") from error
     torch.manual_seed(cfg.seed)
-    model = next(cls for name, cls in vars(module).items() if name.lower() == method)(cfg)
+    model = model_class(module)(cfg)
     if trained:
         load_checkpoint(file, method, model=model)
     return model, cfg

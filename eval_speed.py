@@ -8,6 +8,8 @@ Prints, each the median of the runs of five seconds after a warm-up:
               torchvision's transforms in a DataLoader of two workers
   step        forward, backward and AdamW on random views, in bfloat16 autocast and in float32, and its share of the
               bfloat16 rate of an 8192³ matrix product on a GPU (2048³ on a CPU)
+  one view    where the encoder sees visible patches only: its forward and backward and the decoder's, against the same
+              with all patches visible
 """
 import importlib, statistics, sys, time
 from dataclasses import replace
@@ -19,6 +21,7 @@ from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
 from common import UserError, autocast, command_line, param_groups, start_processes
+from eval_linear import model_class
 from images import MEAN, STD
 
 
@@ -79,7 +82,7 @@ def main(argv=None):
         print(line, flush=True)
 
     torch.manual_seed(0)
-    model = next(cls for name, cls in vars(module).items() if name.lower() == method)(cfg).to(here.device)
+    model = model_class(module)(cfg).to(here.device)
     net = torch.compile(model) if cfg.compile else model
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), fused=True)
     view1, view2 = (torch.randn(cfg.batch, 3, cfg.img, cfg.img, device=here.device) for _ in range(2))
@@ -102,6 +105,20 @@ def main(argv=None):
         share = f"   {speed * counter.get_total_flops() / 1e12:.3g} of {peak / 1e12:.3g} TFLOP/s" if amp else ""
         kind = "bfloat16" if amp else "float32"
         print(f"step        {kind:8}   {cfg.batch * speed:10,.1f} images/s{share}", flush=True)
+
+    if hasattr(module, "visible_ids"):
+        every = torch.arange((cfg.img // cfg.patch) ** 2, device=here.device).expand(cfg.batch, -1)
+        mask = module.random_mask(cfg.batch, cfg.img // cfg.patch, cfg.mask, here.device).flatten(1)
+
+        def one_view(visible):
+            with autocast(here.device):
+                y = model.decoder(model.encoder(view1, visible), visible)
+            y.float().square().mean().backward()
+            optimizer.zero_grad()
+
+        masked, whole = (1 / rate(lambda: one_view(visible), here.device)
+                         for visible in (module.visible_ids(mask, model.visible), every))
+        print(f"one view    mask {cfg.mask}   {masked:10.3f} s   unmasked {whole:.3f} s   ratio {masked / whole:.2f}")
     return 0
 
 

@@ -210,7 +210,7 @@ class Attention(nn.Module):
         """How the mean query of `tokens` (a slice of the N) attends to all N: (B, N, D) → (B, K, N), summing to 1."""
         q, k, _ = self.split(x).float()
         q = q[:, :, tokens].mean(2, keepdim=True)                                           # (B, K, 1, D/K)
-        return (q @ k.mT / k.shape[3] ** 0.5).softmax(3)[:, :, 0]                           # (B, K, N)
+        return ((q * k).sum(3) / k.shape[3] ** 0.5).softmax(2)                              # (B, K, N)
 
 
 class Block(nn.Module):
@@ -351,7 +351,7 @@ class SwinEncoder(nn.Module):
         x = block.norm1(self.embed(x)).flatten(1, 2)                                        # (B, N, D)
         q, k, _ = block.attn.qkv(x).float().unflatten(2, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q = q.mean(2, keepdim=True)                                                         # (B, K, 1, D/K)
-        return (q @ k.mT / k.shape[3] ** 0.5).softmax(3)[:, :, 0]                           # (B, K, N)
+        return ((q * k).sum(3) / k.shape[3] ** 0.5).softmax(2)                              # (B, K, N)
 
 
 class RelativeAttention(Attention):
@@ -461,7 +461,7 @@ class MCLim(nn.Module):
 
         counted = spread(mask, view1.shape[2] // p).flatten(1)                              # (B, N)
         counted = counted if cfg.l1 == "pre" else torch.ones_like(counted)                  # Table 4
-        target = normalize_patches(patchify(view1, p))                                      # (B, N, P)
+        target = normalize_patches(patchify(view1, p))                                      # §2.5   (B, N, P)
         L1 = reconstruction_loss(patchify(y, p), target, counted)                           # Eq. 6
         if not both:
             return {"loss": cfg.lam * L1, "reconstruction": L1}
@@ -489,7 +489,7 @@ class MCLim(nn.Module):
 # Loss, §2.5
 
 def normalize_patches(patches):
-    """Each patch of (B, N, P) to mean 0 and standard deviation 1, as in MAE: the "normalized pixels" of §2.5."""
+    """Each patch of (B, N, P) to mean 0 and standard deviation 1, as in MAE."""
     return (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
 
 

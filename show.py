@@ -1,0 +1,116 @@
+"""What a model has learned to see: pictures of any method's run, on test images or on your own.
+
+    python show.py runs/mvmae-DATE-TIME                        on test images of its data set
+    python show.py RUN --images DIR --out FILE                 on the image files in DIR, drawn to FILE.png, .pdf, …
+
+Rows: the images, masked, and restored; where the last block's attention goes, mean over its heads, over the image and
+alone, and each head alone. Black is none, white-yellow the most in that map. Writes show.png beside the checkpoint.
+"""
+import argparse, pathlib, sys
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common import (Parser, UserError, autocast, check, denormalize, draw_images, load_images, normalize, resize,
+                    start_processes)
+from eval_linear import load_model
+from images import read_image, square
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
+
+
+# Panels: (model, normalised images (n, 3, H, W)) → rows of the picture, label → normalised images (n, 3, H, W)
+
+def reconstruction_panel(model, x):
+    """The images, what of them the model saw, and what it restored."""
+    masked, prediction = model.reconstruct(x)
+    return {"original": x, "masked": masked, model.restored: prediction}
+
+
+def attention_panel(model, x):
+    """The last block's attention: the mean over its heads, over the image and alone, then each head."""
+    attention = model.encoder.attention(x)                                                  # (n, K, N)
+    mean = heat_map(attention.mean(1), x.shape[2])
+    rows = {"attention,\nmean over heads,\nover the image": normalize(0.35 * denormalize(x) + 0.65 * denormalize(mean)),
+            "mean over heads": mean}
+    for k in range(attention.shape[1]):
+        rows[f"head {k + 1}"] = heat_map(attention[:, k], x.shape[2])
+    return rows
+
+
+PANELS = [reconstruction_panel, attention_panel]
+
+
+def heat_map(values, size):
+    """Values (n, N) of the patches of square images as colours, each map from its least to its most: (n, 3, size, size)
+    as normalised images."""
+    low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+    scaled = (values - low) / (high - low).clamp(min=1e-12)                                 # 0…1
+    colours = torch.from_numpy(plt.get_cmap("inferno")(scaled.cpu().numpy())[..., :3])      # (n, N, 3)
+    side = int(values.shape[1] ** 0.5)
+    colours = colours.mT.unflatten(2, (side, side)).float()                                 # (n, 3, side, side)
+    return normalize(F.interpolate(colours, (size, size))).to(values.device)
+
+
+def own_images(folder, size, count):
+    """The first `count` image files in `folder`: their central squares, uint8 (n, 3, size, size). Raises UserError."""
+    check(pathlib.Path(folder).is_dir(), "--images", folder, "is not a folder")
+    files = sorted(f for f in pathlib.Path(folder).rglob("*") if f.suffix.lower() in SUFFIXES)[:count]
+    check(files, "--images", folder, f"holds no image ({' '.join(sorted(SUFFIXES))})")
+    squares = np.stack([square(read_image(f, size), size) for f in files])                  # (n, size, size, 3)
+    return torch.from_numpy(squares).permute(0, 3, 1, 2)
+
+
+def show(args):
+    """Draws what the command line asks for; returns the file. Raises UserError."""
+    here = start_processes(args.device)
+    model, cfg = load_model(args.run)
+    if args.images:
+        images = own_images(args.images, cfg.img, args.count)
+    else:
+        images, _ = load_images(args.data or cfg.data, "test", cfg.img, args.root or cfg.root, cfg.workers, cfg.seed)
+        images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:args.count]]
+    x = normalize(resize(images.to(here.device), cfg.img))
+    model.to(here.device).eval()
+    torch.manual_seed(args.seed)
+    rows = {}
+    with torch.no_grad(), autocast(here.device, cfg.amp):
+        for panel in PANELS:
+            rows.update(panel(model, x))
+    folder = pathlib.Path(args.run)
+    file = pathlib.Path(args.out) if args.out else (folder if folder.is_dir() else folder.parent) / "show.png"
+    check(file.parent.is_dir(), "--out", file, "is in no folder that exists")
+    check(file.suffix in (".png", ".pdf", ".svg"), "--out", file, "must end in .png, .pdf or .svg")
+    draw_images(file, rows)
+    print(f"written: {file}")
+    return file
+
+
+def main(argv=None):
+    """The command line; returns the exit status, 2 with one line on standard error for what the user can mend."""
+    parser = Parser("show.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("run", help="the folder of a run, or one of its checkpoints")
+    parser.add_argument("--images", default="", help="a folder of image files to show instead of test images")
+    parser.add_argument("--out", default="", help="the picture to write (default: show.png beside the checkpoint)")
+    parser.add_argument("--data", default="", help="another data set than the run's: a name or a folder")
+    parser.add_argument("--root", default="", help="where data sets are kept, if not where the run had them")
+    parser.add_argument("--count", type=int, default=8, help="how many images")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of test images and of the masks")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    try:
+        args = parser.parse_args(argv)
+        check(args.count >= 1, "--count", args.count, "must be at least 1")
+        show(args)
+        return 0
+    except (UserError, OSError) as error:
+        line = error
+    except torch.OutOfMemoryError:
+        line = "out of GPU memory: --device cpu will do it"
+    print(f"show.py: {line}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

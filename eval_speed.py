@@ -106,7 +106,7 @@ def main(argv=None):
         kind = "bfloat16" if amp else "float32"
         print(f"step        {kind:8}   {cfg.batch * speed:10,.1f} images/s{share}", flush=True)
 
-    if hasattr(module, "visible_ids"):
+    if hasattr(module, "visible_first"):
         every = torch.arange((cfg.img // cfg.patch) ** 2, device=here.device).expand(cfg.batch, -1)
         mask = module.random_mask(cfg.batch, cfg.img // cfg.patch, cfg.mask, here.device).flatten(1)
 
@@ -117,7 +117,7 @@ def main(argv=None):
             optimizer.zero_grad()
 
         masked, whole = (1 / rate(lambda: one_view(visible), here.device)
-                         for visible in (module.visible_ids(mask, model.visible), every))
+                         for visible in (module.visible_first(mask)[:, :model.V], every))
         print(f"one view    mask {cfg.mask}   {masked:10.3f} s   unmasked {whole:.3f} s   ratio {masked / whole:.2f}")
     return 0
 

@@ -143,7 +143,7 @@ def read_image(file, side):
         image.draft("RGB", (side, side))
         return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"--data: {file} can't be read as an image ({error}); mend it or take it away") from error
+        raise UserError(f"{file}: can't be read as an image ({error}); mend it or take it away") from error
 
 
 def square(image, side):

@@ -153,7 +153,7 @@ class Config:
         moco = self.mask == 0 and self.lam == 0
         check(moco or 0 < self.mask < 1 and 0 < round(self.mask * blocks) < blocks, "--mask", self.mask,
               f"must lie between 0 and 1 and leave some of {blocks} blocks masked and some visible (0 with --lam 0)")
-        check(self.contrast == "none" or self.batch >= 2, "--batch", self.batch, "must be at least 2: negatives")
+        check(self.contrast == "none" or self.batch >= 2, "--batch", self.batch, "must be at least 2, else there are no negatives")
         check(self.contrast != "none" or self.lam > 0, "--lam", self.lam, "and --contrast none leave nothing to learn")
         check(0 <= self.lam < math.inf, "--lam", self.lam, "must not be negative")
         check(0 < self.tau < math.inf, "--tau", self.tau, "must be above 0")
@@ -246,7 +246,7 @@ def unpatchify(x, p):
 
 
 class Gather(torch.autograd.Function):
-    """(B, D) → (world·B, D). Backward sums a row's gradients over the processes: all have the same loss, and the
+    """(B, D) → (world·B, D). Backward sums a row's gradients over the processes: all have the same loss of it, and the
     averaging of DistributedDataParallel divides by their number again."""
     @staticmethod
     def forward(ctx, z):

@@ -2,13 +2,14 @@
 Representation", Applied Sciences 13(22), 12413, 2023, doi:10.3390/app132212413.
 
 Two crops of an image are masked by 80 % and restored by one masked autoencoder. The latents of what is visible are
-contrasted: the two of one image attract, those of the other images repel each other. Masking is the strong augmentation
+contrasted: those of one image attract, those of different images repel each other. Masking is the strong augmentation
 that the contrast needs, so the views are cropped and flipped, and nothing else.
 
 Symbols of the paper → here
+    I_i           an image of the batch                      images
     x_1^+, x_2^+  the target views                           view1, view2 (B, 3, H, W); both in x (2B, 3, H, W)
-    h(·)          patchifying and masking                    patchify, random_mask
-    x_i^v, x_i^m  visible and masked patches of view i       visible (2B, V): which are the visible ones; the rest
+    h(·), x'_i    patchifying and masking, what they make    Encoder.patch_embed, random_mask; mask (2B, N): 1 = masked
+    x_i^v, x_i^m  visible and masked patches of view i       visible (2B, V): ids of the visible ones; the others
     x_pos         positional embeddings                      pos_embed
     f(·), g(·)    encoder, decoder                           encoder, decoder
     z_i           latent of view i                           z (2B, 1 + V, D), class token first
@@ -23,39 +24,52 @@ Equations → here
     3             reconstruction_loss
     4, 5, 6       nt_xent_loss
 
-Where this file departs from the paper
+Where this file departs from the paper. "Most of the settings followed the MAE" (§4.1.1): so does what is left open.
     Left open                             Here                                              Flag
-    what the latent z_i of Eq. 4 is, one  the mean over the visible patches' tokens; no     --pool cls
-      vector of many tokens               projection head, for none is named
-    class token                           there is one, as in MAE
-    width and heads of the decoder        512 and 16, MAE's                                 --decoder-dim
+    which vector of the latent's many     the mean of the visible patches' tokens; no       --pool cls
+      tokens Eq. 4 contrasts                projection head, for none is named
+    class token                           there is one                                      -
+    width and heads of the decoder        512 and 16                                        --decoder-dim
                                                                                             --decoder-heads
-    pixels as they are, or normalised     as they are (as all images here, by the set's     --norm-pixels
-      patch by patch as in MAE's best row   mean and deviation), for so Eq. 3 reads
-    learning rate 1.5e-4: for which batch 256, MAE's base and the paper's batch: both       --lr
-                                            readings agree
-    weight decay                          0.05, MAE's                                       --wd
-    scale of the crops                    0.2 to 1 of the area, MAE's                       --crop-min
+    pixels as they are, or normalised     as they are, for so Eq. 3 reads; only ImageNet's  --norm-pixels
+      patch by patch (MAE's better row)     mean and deviation of each channel are taken
+                                            out, as from all images here
+    learning rate 1.5e-4: MAE's, for 256  MAE's: lr · batch / 256. Table 6 has batch 512:   --lr
+      images, or the rate itself            --lr 0.75e-4 there is the other reading
+    weight decay                          0.05                                              --wd
+    the crops                             0.2 to 1 of the area, aspect 3/4 to 4/3; of the   --crop-min
+                                            central square that images are stored as, at
+                                            most --img a side, not of the whole image
     "w/o two different targets", Table 6  one target view, masked twice                     --targets same
-    the same line of MAE, "baseline"      one target view, masked once, no contrast         --targets one --lam 0
+    "Baseline [23]", Table 6              MAE's form with this file's settings: one view,   --targets one --lam 0
+                                            masked once; MAE's own ratio and depth besides    --mask 0.75
+                                                                                              --decoder-depth 8
+    fine-tuning, detection, segmentation  not in this file; linear probe by                 -
+      (§4.1.2, §4.1.3)                      eval_linear.py's one recipe for all methods
     Printed otherwise
-    Eq. 3: (y_i - x_i^+)², of the image   mean over the masked patches' pixels, MAE's: the  --pixels all
-                                            decoder "predicts the masked parts" (Figure 3)
-    Eq. 3: the sum over j has no index    mean over the 2B views
-    Eq. 4: "2(N - 1) negatives"           those, and the positive itself, are in the
-                                            denominator: k ≠ i leaves out only i
-    Figure 7: masked patches x_i^m enter  mask tokens do, as §3.1.4's text says
+    Eq. 3: a sum over whole views' pixels mean over pixels ("mean squared error", §3.2.1)   --pixels all
+                                            of the masked patches, which the decoder
+                                            "predicts" (Figure 3), and over the 2B views
+    Eq. 4's text: "the denominator        the numerator does; in the denominator are the    -
+      computes … a positive pair"           positive and the 2(N - 1) negatives: k ≠ i
+    Eq. 6: pairs (2k - 1, 2k)             (i, i + B): all first views, then all second      -
+    Figure 7: masked patches x_i^m enter  mask tokens do, as §3.1.4's text says             -
       the decoder
-    τ: 0.07, "the default of" SimCLR      0.07, which is MoCo's; SimCLR has 0.1 and more    --tau
-    Figure 2: heads averaged "following"  the last block's attention alone, by show.py
-      attention rollout
+    τ: 0.07, "the default setting of"     0.07, which is MoCo's; SimCLR's is 0.1            --tau
+      SimCLR
+    §4.2.1: with λ = 0 it is MAE          not alone: two views remain, and Table 6 has      --targets one
+                                            either row
+    Table 5: 79.25, 79.64, 80.03 for 80 %, in one run they would be one number; what the    -
+      λ = 2, depth 4                        other settings were is not said: here the final
+    Figure 2: attention, heads averaged   the class token's in the last block alone, heads  -
+      "following" attention rollout         averaged (show.py)
 
     python mvmae.py                                          the paper's settings, on CIFAR-10 at 224 pixels
-    python mvmae.py --data PATH --epochs 200                 your images, or ImageNet's, for Tables 5 and 6's 200 epochs
-    python mvmae.py --targets one --lam 0                    MAE
+    python mvmae.py --data PATH --epochs 200                 your images, or ImageNet-1K as for Table 5
+    python mvmae.py --targets one --lam 0 --mask 0.75 --decoder-depth 8        MAE
     python mvmae.py --tiny --data shapes                     a first look on a laptop
     python eval_linear.py runs/mvmae-DATE-TIME               kNN and linear probe of what came out
-    python show.py runs/mvmae-DATE-TIME                      reconstructions and attention, the paper's Figures 2 and 8
+    python show.py runs/mvmae-DATE-TIME                      reconstructions and attention, as in Figures 8 and 2
 
 Measured: not yet.
 """
@@ -83,21 +97,21 @@ class Config:
     tau: float = 0.07  # τ, temperature, §3.2.2
     targets: Literal["two", "same", "one"] = "two"  # target views: two, one masked twice (Table 6), one (MAE)
     pool: Literal["mean", "cls"] = "mean"  # the vector of Eq. 4: mean of the patches' tokens or class token; ours
-    pixels: Literal["masked", "all"] = "masked"  # Eq. 3 over the masked patches (ours: MAE's) or, as printed, over all
-    norm_pixels: bool = False  # restore each patch at mean 0, deviation 1; ours: MAE's best row
+    pixels: Literal["masked", "all"] = "masked"  # Eq. 3 over the masked patches (ours: MAE's) or over all
+    norm_pixels: bool = False  # restore each patch at mean 0, deviation 1; ours: off, as Eq. 3 reads
     crop_min: float = 0.2  # smallest crop, share of the area; ours: MAE's
     # model
     img: int = 224  # side of the views in pixels, §4.1.1
     patch: int = 16  # side of a patch in pixels, §4.1.1
     dim: int = 768  # width D, §4.1.1
     depth: int = 12  # blocks, §4.1.1
-    heads: int = 12  # heads K; ours: ViT-Base's
+    heads: int = 12  # heads K, §4.1.1: ViT-Base's
     decoder_depth: int = 4  # blocks of the decoder, Table 5
     decoder_dim: int = 512  # width of the decoder; ours: MAE's
     decoder_heads: int = 16  # heads of the decoder; ours: MAE's
     # optimisation
     epochs: int = 1600  # passes over the data, §4.1.1
-    batch: int = 256  # images per step and per process, §4.1.1
+    batch: int = 256  # images per step and per process; §4.1.1: in all
     lr: float = 1.5e-4  # base learning rate, for a batch of 256, §4.1.1
     wd: float = 0.05  # weight decay; ours: MAE's
     warmup: int = 40  # epochs of linear warm-up, §4.1.1
@@ -122,7 +136,7 @@ class Config:
               f"must lie between 0 and 1 and leave some of {patches} patches masked and some visible")
         check(0 <= self.lam < math.inf, "--lam", self.lam, "must not be negative")
         check(self.lam == 0 or self.targets != "one", "--targets", self.targets, "has no pair to contrast: add --lam 0")
-        check(self.lam == 0 or self.batch >= 2, "--batch", self.batch, "must be at least 2: negatives")
+        check(self.lam == 0 or self.batch >= 2, "--batch", self.batch, "must be at least 2, or there are no negatives")
         check(0 < self.tau < math.inf, "--tau", self.tau, "must be above 0")
         check(0 < self.crop_min <= 1, "--crop-min", self.crop_min, "must lie between 0 and 1")
         check(self.decoder_depth >= 1, "--decoder-depth", self.decoder_depth, "must be at least 1")
@@ -135,7 +149,8 @@ TINY = Config(img=32, patch=4, dim=192, depth=4, heads=3, decoder_depth=2, decod
               batch=128, lr=1e-3, warmup=1, knn_every=1, tiny=True)
 
 
-# Transformer. B batch, N patches, V visible ones, D width, K heads, P = 3·p·p numbers of a patch, p pixels a side.
+# Transformer. B batch, N patches, V visible ones, D width, K heads, P = 3·p·p numbers of a patch, p pixels a side
+# (--patch). 2B is B with --targets one; width is the decoder's.
 
 def sincos_pos_embed(dim, grid):
     """Fixed sine-cosine positions of grid×grid patches, (1, N, D): half of D for the row, half for the column."""
@@ -172,7 +187,7 @@ class Attention(nn.Module):
         """How the mean query of `tokens` (a slice of the N) attends to all N: (B, N, D) → (B, K, N), summing to 1."""
         q, k, _ = self.split(x).float()
         q = q[:, :, tokens].mean(2, keepdim=True)                                           # (B, K, 1, D/K)
-        return ((q * k).sum(3) / k.shape[3] ** 0.5).softmax(2)
+        return ((q * k).sum(3) / k.shape[3] ** 0.5).softmax(2)                              # (B, K, N)
 
 
 class Block(nn.Module):
@@ -208,7 +223,7 @@ def unpatchify(x, p):
 
 
 class Gather(torch.autograd.Function):
-    """(B, D) → (world·B, D). Backward sums a row's gradients over the processes: all have the same loss, and the
+    """(B, D) → (world·B, D). Backward sums a row's gradients over the processes: all have the same loss of it, and the
     averaging of DistributedDataParallel divides by their number again."""
     @staticmethod
     def forward(ctx, z):
@@ -236,9 +251,9 @@ def random_mask(B, blocks, ratio, device=None):
     return (order < round(ratio * blocks * blocks)).unflatten(1, (blocks, blocks))
 
 
-def visible_ids(mask, V):
-    """Which V patches of each image are visible, in their order: mask (B, N) → (B, V). Eq. 1."""
-    return mask.int().argsort(dim=1, stable=True)[:, :V]
+def visible_first(mask):
+    """The patches of each image in order, the visible ones before the masked ones: mask (B, N) → ids (B, N)."""
+    return mask.int().argsort(dim=1, stable=True)
 
 
 def take(x, ids):
@@ -249,23 +264,23 @@ def take(x, ids):
 # Model, §3.1.3 and §3.1.4
 
 class Encoder(nn.Module):
-    """f, a ViT with class token; its state dict loads into timm's ViT of the same size without renaming."""
-    def __init__(self, cfg):
+    """A ViT with class token; its state dict loads into timm's ViT of the same size without renaming."""
+    def __init__(self, cfg, pool="mean"):
         super().__init__()
-        self.patch, self.pool = cfg.patch, cfg.pool
+        self.pool = pool
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, cfg.dim, cfg.patch, cfg.patch)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.dim))
         pos_embed = sincos_pos_embed(cfg.dim, cfg.img // cfg.patch)
         self.register_buffer("pos_embed", F.pad(pos_embed, (0, 0, 1, 0)))                   # 0 for the class token
         self.blocks = nn.ModuleList(Block(cfg.dim, cfg.heads) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.dim, eps=1e-6)
-        self.apply(init_weights)
+        self.apply(init_weights)                                                            # Xavier, as in MAE
         nn.init.normal_(self.cls_token, std=0.02)
 
     def embed(self, x, visible=None):
         """(B, 3, H, W), and which patches are visible (B, V) if not all → the last block's input (B, 1 + V, D)."""
-        x = self.patch_embed(x).flatten(2).mT + self.pos_embed[:, 1:]                       # (B, N, D)
-        x = x if visible is None else take(x, visible)                                      # (B, V, D)
+        x = self.patch_embed(x).flatten(2).mT + self.pos_embed[:, 1:]                       # (B, N, D)  + x_pos
+        x = x if visible is None else take(x, visible)                                      # (B, V, D)  x^v
         x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)            # (B, 1 + V, D)
         for block in self.blocks[:-1]:
             x = block(x)
@@ -282,31 +297,30 @@ class Encoder(nn.Module):
         return self.vector(self(x))
 
     def attention(self, x):
+        """How the class token attends to the patches in the last block, (B, 3, H, W) → (B, K, N)."""
         block = self.blocks[-1]
-        return block.attn.attend(block.norm1(self.embed(x)), slice(1))[:, :, 1:]            # (B, K, N)
+        return block.attn.attend(block.norm1(self.embed(x)), slice(1))[:, :, 1:]
 
 
 class Decoder(nn.Module):
-    """g, a shallow ViT over all places: tokens (B, 1 + V, D) of the patches `visible` (B, V) → patches (B, N, P)."""
-    def __init__(self, dim, grid, P, width, depth, heads):
+    """Class token and tokens (B, 1 + V, D) of the patches `visible` (B, V), and mask tokens elsewhere → (B, N, P)."""
+    def __init__(self, dim, grid, P, width, blocks):
         super().__init__()
         self.embed = nn.Linear(dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("pos_embed", F.pad(sincos_pos_embed(width, grid), (0, 0, 1, 0)))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pred = nn.Linear(width, P)
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, z, visible):
-        cls, z = self.embed(z).split([1, visible.shape[1]], 1)
-        x = self.mask_token.to(z.dtype).expand(len(z), self.pos_embed.shape[1] - 1, -1)     # (B, N, width)
-        x = x.scatter(1, visible[:, :, None].expand_as(z), z)                               # each token to its place
+        cls, tokens = self.embed(z).split([1, visible.shape[1]], 1)                         # (B, V, width)
+        x = self.mask_token.to(tokens.dtype).expand(len(z), self.pos_embed.shape[1] - 1, -1)  # (B, N, width)
+        x = x.scatter(1, visible[:, :, None].expand_as(tokens), tokens)                     # each token to its place
         x = torch.cat([cls, x], 1) + self.pos_embed                                         # (B, 1 + N, width)
-        for block in self.blocks:
-            x = block(x)
-        return self.pred(self.norm(x))[:, 1:]                                               # (B, N, P)
+        return self.pred(self.norm(self.blocks(x)))[:, 1:]                                  # (B, N, P)
 
 
 class MVMAE(nn.Module):
@@ -314,18 +328,19 @@ class MVMAE(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.grid = cfg, cfg.img // cfg.patch
-        self.visible = self.grid ** 2 - round(cfg.mask * self.grid ** 2)                    # V
-        self.encoder = Encoder(cfg)
-        self.decoder = Decoder(cfg.dim, self.grid, 3 * cfg.patch ** 2, cfg.decoder_dim, cfg.decoder_depth,
-                               cfg.decoder_heads)
-        self.restored = "reconstruction" + "\n(each patch given its\ntrue mean and contrast)" * cfg.norm_pixels
+        self.V = self.grid ** 2 - round(cfg.mask * self.grid ** 2)
+        self.encoder = Encoder(cfg, cfg.pool)                                               # f
+        blocks = [Block(cfg.decoder_dim, cfg.decoder_heads) for _ in range(cfg.decoder_depth)]
+        self.decoder = Decoder(cfg.dim, self.grid, 3 * cfg.patch ** 2, cfg.decoder_dim, blocks)  # g
+        self.restored = ("reconstruction\n(each patch given its\ntrue mean and contrast)" if cfg.norm_pixels else
+                         "reconstruction")  # its label in pictures
 
     def forward(self, view1, view2):
         """Normalised views (B, 3, H, W) → {"loss": Eq. 7, "reconstruction": Eq. 3, "contrast": Eq. 6, if λ > 0}."""
         cfg = self.cfg
         x = torch.cat([view1, view2]) if cfg.targets != "one" else view1                    # (2B, 3, H, W)
         mask = random_mask(len(x), self.grid, cfg.mask, x.device).flatten(1)                # §3.1.2  (2B, N)
-        visible = visible_ids(mask, self.visible)                                           # Eq. 1   (2B, V)
+        visible = visible_first(mask)[:, :self.V]                                           # Eq. 1   (2B, V)
         z = self.encoder(x, visible)                                                        # Eq. 2   (2B, 1 + V, D)
         y = self.decoder(z, visible)                                                        # §3.1.4  (2B, N, P)
 
@@ -348,7 +363,7 @@ class MVMAE(nn.Module):
         """
         cfg, patches = self.cfg, patchify(x, self.cfg.patch)                                # (B, N, P)
         mask = random_mask(len(x), self.grid, cfg.mask, x.device).flatten(1)                # (B, N)
-        visible = visible_ids(mask, self.visible)                                           # (B, V)
+        visible = visible_first(mask)[:, :self.V]                                           # (B, V)
         y = self.decoder(self.encoder(x, visible), visible).float()                         # (B, N, P)
         if cfg.norm_pixels:
             y = y * (patches.var(2, keepdim=True) + 1e-6).sqrt() + patches.mean(2, keepdim=True)
@@ -373,10 +388,10 @@ def nt_xent_loss(z1, z2, tau):
     """NT-Xent of the pairs z1[i], z2[i] (B, any width), mean over all 2B ordered pairs. Eq. 4 to 6."""
     with torch.autocast(z1.device.type, enabled=False):
         z = F.normalize(torch.cat([z1, z2]).float(), dim=1)                                 # (2B, width)
-        sim = z @ z.mT / tau                                                                # Eq. 5   (2B, 2B)
-        sim = sim.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)  # k ≠ i
-        partner = torch.arange(len(z), device=z.device).roll(len(z1))                       # of i: i ± B
-        return F.cross_entropy(sim, partner)                                                # Eq. 4, Eq. 6
+        logits = z @ z.mT / tau                                                             # Eq. 5, by τ (2B, 2B)
+        logits = logits.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)  # k ≠ i
+        partner = torch.arange(len(z), device=z.device).roll(len(z1))                       # j of i: i ± B
+        return F.cross_entropy(logits, partner)                                             # Eq. 4, Eq. 6
 
 
 # Views, §3.1.1
@@ -386,7 +401,7 @@ def views(images, cfg):
     def target():
         return normalize(random_hflip(random_resized_crop(images, cfg.img, (cfg.crop_min, 1.0))))
     view1 = target()
-    return view1, target() if cfg.targets == "two" else view1
+    return view1, (target() if cfg.targets == "two" else view1)
 
 
 def train(cfg):
@@ -400,7 +415,7 @@ def train(cfg):
     model = MVMAE(cfg).to(here.device)
     net = DistributedDataParallel(model) if here.world > 1 else model
     net = torch.compile(net) if cfg.compile else net
-    peak = cfg.lr * cfg.batch * here.world / 256                                            # §4.1.1
+    peak = cfg.lr * cfg.batch * here.world / 256                                            # MAE's rule
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, betas=(0.9, 0.95), fused=True)  # §4.1.1
     steps, warmup = cfg.epochs * len(batches), cfg.warmup * len(batches)
 

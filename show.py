@@ -3,8 +3,9 @@
     python show.py runs/mvmae-DATE-TIME                        on test images of its data set
     python show.py RUN --images DIR --out FILE                 on the image files in DIR, drawn to FILE.png, .pdf, …
 
-Rows: the images, masked, and restored; where the last block's attention goes, mean over its heads, over the image and
-alone, and each head alone. Black is none, white-yellow the most in that map. Writes show.png beside the checkpoint.
+Rows: the images, masked, and restored; where the last block's attention goes (from the class token, or from the mean
+query where there is none), mean over its heads, over the image and alone, and each head alone. Each map is stretched:
+black is its least, light yellow its most. Writes show.png beside the checkpoint.
 """
 import argparse, pathlib, sys
 
@@ -32,26 +33,24 @@ def reconstruction_panel(model, x):
 def attention_panel(model, x):
     """The last block's attention: the mean over its heads, over the image and alone, then each head."""
     attention = model.encoder.attention(x)                                                  # (n, K, N)
-    mean = heat_map(attention.mean(1), x.shape[2])
-    rows = {"attention,\nmean over heads,\nover the image": normalize(0.35 * denormalize(x) + 0.65 * denormalize(mean)),
-            "mean over heads": mean}
-    for k in range(attention.shape[1]):
-        rows[f"head {k + 1}"] = heat_map(attention[:, k], x.shape[2])
-    return rows
+    mean = heat_map(attention.mean(1), x.shape[2])                                          # (n, 3, H, W)
+    rows = {"attention,\nmean over heads,\nover the image": 0.35 * denormalize(x) + 0.65 * mean,
+            "mean over heads\n(black least,\nyellow most)": mean}
+    rows |= {f"head {k + 1}": heat_map(attention[:, k], x.shape[2]) for k in range(attention.shape[1])}
+    return {label: normalize(row) for label, row in rows.items()}
 
 
 PANELS = [reconstruction_panel, attention_panel]
 
 
 def heat_map(values, size):
-    """Values (n, N) of the patches of square images as colours, each map from its least to its most: (n, 3, size, size)
-    as normalised images."""
+    """Values (n, N) of the patches of square images as colours 0…1, (n, 3, size, size), from their least to most."""
     low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
     scaled = (values - low) / (high - low).clamp(min=1e-12)                                 # 0…1
     colours = torch.from_numpy(plt.get_cmap("inferno")(scaled.cpu().numpy())[..., :3])      # (n, N, 3)
     side = int(values.shape[1] ** 0.5)
     colours = colours.mT.unflatten(2, (side, side)).float()                                 # (n, 3, side, side)
-    return normalize(F.interpolate(colours, (size, size))).to(values.device)
+    return F.interpolate(colours, (size, size)).to(values.device)
 
 
 def own_images(folder, size, count):
@@ -65,6 +64,10 @@ def own_images(folder, size, count):
 
 def show(args):
     """Draws what the command line asks for; returns the file. Raises UserError."""
+    folder = pathlib.Path(args.run)
+    file = pathlib.Path(args.out) if args.out else (folder if folder.is_dir() else folder.parent) / "show.png"
+    check(file.parent.is_dir(), "--out", file, "is in no folder that exists")
+    check(file.suffix in (".png", ".pdf", ".svg"), "--out", file, "must end in .png, .pdf or .svg")
     here = start_processes(args.device)
     model, cfg = load_model(args.run)
     if args.images:
@@ -79,10 +82,6 @@ def show(args):
     with torch.no_grad(), autocast(here.device, cfg.amp):
         for panel in PANELS:
             rows.update(panel(model, x))
-    folder = pathlib.Path(args.run)
-    file = pathlib.Path(args.out) if args.out else (folder if folder.is_dir() else folder.parent) / "show.png"
-    check(file.parent.is_dir(), "--out", file, "is in no folder that exists")
-    check(file.suffix in (".png", ".pdf", ".svg"), "--out", file, "must end in .png, .pdf or .svg")
     draw_images(file, rows)
     print(f"written: {file}")
     return file

@@ -327,11 +327,11 @@ class Run:
         """The newest checkpoint on disk, or "none yet"."""
         return next((str(f) for f in (self.folder / "last.pt", self.folder / "previous.pt") if f.exists()), "none yet")
 
-    def save(self, step, model, optimizer, train, test):
+    def save(self, step, train, test, model, **parts):
         """At the end of an epoch or after a signal: encoder.pt, kNN check and pictures if due, then the checkpoint.
 
-        train, test: (images, labels) of load_images. Pictures are drawn at most once a minute, and at the end. Raises
-        FloatingPointError if a weight is not finite.
+        train, test: (images, labels) of load_images; parts: what else the checkpoint holds. Pictures are drawn at most
+        once a minute, and at the end. Raises FloatingPointError if a weight is not finite.
         """
         epoch, rest = divmod(step, self.per_epoch)
         if rest and not self.leaving:
@@ -352,7 +352,7 @@ class Run:
                             {"original": images, "masked": masked, model.restored: prediction})
                 draw_curves(self.folder / "curves.png", self.rows)
                 self.drawn = time.time()
-            save_checkpoint(self.folder / "last.pt", self.method, self.cfg, step, model=model, optimizer=optimizer)
+            save_checkpoint(self.folder / "last.pt", self.method, self.cfg, step, model=model, **parts)
         self.stopped, self.clock = self.leaving, time.time()
 
     def finish(self):

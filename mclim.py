@@ -153,7 +153,8 @@ class Config:
         moco = self.mask == 0 and self.lam == 0
         check(moco or 0 < self.mask < 1 and 0 < round(self.mask * blocks) < blocks, "--mask", self.mask,
               f"must lie between 0 and 1 and leave some of {blocks} blocks masked and some visible (0 with --lam 0)")
-        check(self.contrast == "none" or self.batch >= 2, "--batch", self.batch, "must be at least 2, else there are no negatives")
+        check(self.contrast == "none" or self.batch >= 2, "--batch", self.batch,
+              "must be at least 2, or there are no negatives")
         check(self.contrast != "none" or self.lam > 0, "--lam", self.lam, "and --contrast none leave nothing to learn")
         check(0 <= self.lam < math.inf, "--lam", self.lam, "must not be negative")
         check(0 < self.tau < math.inf, "--tau", self.tau, "must be above 0")
@@ -371,11 +372,11 @@ class RelativeAttention(Attention):
 
 
 class MlpBlock(nn.Module):
-    """What HiViT has for a block where patches are small: half of Block, without attention."""
-    def __init__(self, dim):
+    """The half of Block without attention: each token on its own, the shape stays."""
+    def __init__(self, dim, hidden):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = mlp(dim, 3 * dim, dim)
+        self.mlp = mlp(dim, hidden, dim)
 
     def forward(self, x):
         return x + self.mlp(self.norm(x))
@@ -401,7 +402,7 @@ class HiViTEncoder(nn.Module):
         self.stride, self.dim, self.embed_dim, self.grid = cfg.patch, dim, dim // 4, 4 * grid  # where masked
         self.patch_embed = nn.Conv2d(3, dim // 4, cfg.patch // 4, cfg.patch // 4)
         self.patch_norm = nn.LayerNorm(dim // 4, eps=1e-6)
-        stage1, stage2 = ([MlpBlock(width) for _ in range(4)] for width in (dim // 4, dim // 2))  # two MLPs a block
+        stage1, stage2 = ([MlpBlock(w, 3 * w) for _ in range(4)] for w in (dim // 4, dim // 2))  # two MLPs a block
         self.stem = nn.Sequential(*stage1, Merge(dim // 4), *stage2, Merge(dim // 2))
         self.pos_embed = nn.Parameter(torch.zeros(1, grid * grid, dim))
         self.blocks = nn.ModuleList(Block(dim, dim // 64) for _ in range(cfg.depth + 4))
@@ -570,7 +571,7 @@ def train(cfg):
 
         step += 1
         run.log(step, losses, optimizer.param_groups[0]["lr"])
-        run.save(step, model, optimizer, data, test)
+        run.save(step, data, test, model=model, optimizer=optimizer)
     return run.finish()
 
 

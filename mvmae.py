@@ -434,7 +434,7 @@ def train(cfg):
 
         step += 1
         run.log(step, losses, optimizer.param_groups[0]["lr"])
-        run.save(step, model, optimizer, data, test)
+        run.save(step, data, test, model=model, optimizer=optimizer)
     return run.finish()
 
 

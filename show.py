@@ -5,7 +5,8 @@
 
 Rows: the images, masked, and restored; where the last block's attention goes (from the class token, or from the mean
 query where there is none), mean over its heads, over the image and alone, and each head alone. Each map is stretched:
-black is its least, light yellow its most. Writes show.png beside the checkpoint.
+black is its least, light yellow its most. Then what only the run's method has: CMAE's boxes and crops. Writes show.png
+beside the checkpoint.
 """
 import argparse, pathlib, sys
 
@@ -13,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torchvision.utils import draw_bounding_boxes
 
 from common import (Parser, UserError, autocast, check, denormalize, draw_images, load_images, normalize, resize,
                     start_processes)
@@ -40,7 +42,21 @@ def attention_panel(model, x):
     return {label: normalize(row) for label, row in rows.items()}
 
 
-PANELS = [reconstruction_panel, attention_panel]
+def crop_panel(model, x):
+    """CMAE's heat map M and box I over the image, and three crops around it; of this model, as if computed anew."""
+    cmae, cfg = sys.modules[type(model).__module__], model.cfg
+    heat, images = model.heat(x), denormalize(x)                                            # (n, side, side), 0…1
+    boxes = cmae.semantic_boxes(heat, cfg.k).cpu()                                          # (n, 4)
+    over = 0.5 * images + 0.5 * heat_map(heat.flatten(1), x.shape[2])
+    corners = (boxes[:, None, [1, 0, 3, 2]] * (x.shape[2] - 1)).round()                     # (n, 1, 4) x, y, x, y
+    over = [draw_bounding_boxes(image, box, colors="cyan") for image, box in zip(over.cpu(), corners)]
+    rows = {"heat map and box": torch.stack(over).to(x.device)}
+    for i in range(3):
+        rows[f"crop {i + 1}"] = cmae.contrastive_crop(images, x.shape[2], (cfg.crop_min, 1.0), boxes, cfg.alpha)
+    return {label: normalize(row) for label, row in rows.items()}
+
+
+PANELS = {"every method": [reconstruction_panel, attention_panel], "cmae": [crop_panel]}
 
 
 def heat_map(values, size):
@@ -80,7 +96,7 @@ def show(args):
     torch.manual_seed(args.seed)
     rows = {}
     with torch.no_grad(), autocast(here.device, cfg.amp):
-        for panel in PANELS:
+        for panel in PANELS["every method"] + PANELS.get(type(model).__module__, []):
             rows.update(panel(model, x))
     draw_images(file, rows)
     print(f"written: {file}")

@@ -1,12 +1,12 @@
 """The papers' tests: each method's formulas against loops written from the paper, and what only this method has."""
-import math, time
+import math, re, time
 from dataclasses import replace
 
 import pytest
 import torch
 
-import common, mclim, mvmae
-from test_smoke import SMALL, build, few, normal  # few is a fixture
+import cmae, common, mclim, mvmae
+from test_smoke import HERE, SMALL, build, few, normal  # few is a fixture
 
 BACKBONES = [SMALL["mclim"], replace(SMALL["mclim"], backbone="swin", dim=192),
              replace(SMALL["mclim"], backbone="hivit", dim=192)]
@@ -55,7 +55,25 @@ def test_nt_xent_is_equations_4_to_6(tau):
     assert mvmae.nt_xent_loss(z1, z2, tau).item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("loss", [mclim.dcl_loss, mclim.info_nce_loss, mvmae.nt_xent_loss], ids=lambda f: f.__name__)
+def test_cmaes_info_nce_is_equation_3():
+    q, k = (z / z.norm(dim=1, keepdim=True) for z in (normal(5, 7), normal(5, 7, seed=1)))
+    terms = []
+    for i in range(5):
+        positive = math.exp(torch.dot(q[i], k[i]) / 0.2)
+        others = sum(math.exp(torch.dot(q[i], k[j]) / 0.2) for j in range(5) if j != i)
+        terms.append(-math.log(positive / (positive + others)))
+    assert cmae.info_nce_loss(3 * q, 2 * k, 0.2).item() == pytest.approx(sum(terms) / 5, rel=1e-5)
+
+
+def test_location_loss_is_equation_5():
+    p, positions = normal(2, 3, 9), torch.tensor([[0, 4, 8], [1, 2, 7]])
+    norms = [math.sqrt(sum((p[b, v, n].item() - (n == positions[b, v].item())) ** 2 for n in range(9)))
+             for b in range(2) for v in range(3)]
+    assert cmae.location_loss(p, positions).item() == pytest.approx(sum(norms) / 6, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [mclim.dcl_loss, mclim.info_nce_loss, mvmae.nt_xent_loss, cmae.info_nce_loss],
+                         ids=lambda f: f"{f.__module__}.{f.__name__}")
 def test_contrastive_losses_stay_in_float32_under_autocast(loss):
     z1, z2 = normal(8, 16), normal(8, 16, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -323,3 +341,173 @@ def test_views_are_section_3_1_1():
     small = [(view - view.mean((2, 3), keepdim=True)).square().mean() for view in  # crops of less area are smoother
              (mvmae.views(x, replace(cfg, crop_min=c))[0] for c in (0.2, 1.0))]
     assert small[0] < small[1]
+
+
+# CMAE
+
+@pytest.mark.parametrize("k", [0.1, 0.5, 0.97])
+def test_semantic_boxes_are_equation_1(k):
+    heat = torch.rand(40, 5, 5, generator=torch.Generator().manual_seed(0))
+    for M, box in zip(heat, cmae.semantic_boxes(heat, k)):
+        hot = [(y, x) for y in range(5) for x in range(5) if M[y, x] > k] or [(0, 0), (4, 4)]
+        rectangle = [min(y for y, _ in hot), min(x for _, x in hot), max(y for y, _ in hot) + 1,
+                     max(x for _, x in hot) + 1]
+        assert box.tolist() == pytest.approx([side / 5 for side in rectangle])
+
+
+@pytest.mark.parametrize("alpha, length", [(0.6, 0.02), (1.0, 0.4), (2.5, 0.7)])
+def test_crops_begin_by_the_beta_law_where_they_fit(alpha, length):
+    """Centres from 0.1 to 0.8: a crop of 0.7 fits from 0.35 to 0.65 only, so it begins between 0 and 0.3."""
+    torch.manual_seed(0)
+    n = 4000
+    starts = cmae.crop_starts(torch.full((n,), 0.1), torch.full((n,), 0.8), torch.full((n,), length), alpha)
+    low, high = max(0.1 - length / 2, 0), min(0.8 - length / 2, 1 - length)
+    u = ((starts.double() - low) / (high - low)).sort().values
+    assert -1e-6 < u[0] and u[-1] < 1 + 1e-6
+    cells = (torch.arange(200_000, dtype=torch.double) + 0.5) / 200_000
+    law = (cells * (1 - cells)) ** (alpha - 1)
+    law = law.cumsum(0) / law.sum()                                                        # its distribution function
+    gap = law[(u.clamp(0, 1 - 1e-9) * 200_000).long()] - torch.arange(n) / n
+    assert gap.abs().max() < 1.95 / math.sqrt(n)                                           # Kolmogorov–Smirnov, 0.001
+
+
+def test_contrastive_crop_is_a_crop_around_the_box():
+    """On an image whose red is its row and green its column, a crop's mean colour tells where its centre is."""
+    torch.manual_seed(0)
+    ramp = torch.arange(40.0) / 40
+    image = torch.stack([ramp[:, None].expand(40, 40), ramp.expand(40, 40), torch.zeros(40, 40)])
+    images, boxes = image.expand(500, -1, -1, -1), torch.tensor([0.6, 0.3, 0.7, 0.4]).repeat(500, 1)
+    crops = cmae.contrastive_crop(images, 16, (0.04, 0.16), boxes, 0.6)                    # small: all fit
+    assert crops.shape == (500, 3, 16, 16)
+    y, x = crops[:, 0].mean((1, 2)) + 0.5 / 40, crops[:, 1].mean((1, 2)) + 0.5 / 40
+    assert 0.58 < y.min() < 0.62 < 0.68 < y.max() < 0.72 and 0.28 < x.min() < 0.32 < 0.38 < x.max() < 0.42
+    corner = cmae.contrastive_crop(images, 16, (0.5, 0.5), torch.tensor([1.0, 1.0, 1.0, 1.0]).repeat(500, 1), 0.6)
+    assert (corner[:, :2, -1, -1] > 0.95).all()                                            # moved in, not cut off
+
+
+def test_boxes_are_located_image_by_image_and_crops_are_plain_before(few, tmp_path, monkeypatch):
+    seen = []                                                                              # image → its box, a crop each
+    monkeypatch.setattr(cmae, "contrastive_crop", lambda images, size, scale, boxes, alpha: seen.append(
+        {image.numpy().tobytes(): box.tolist() for image, box in zip(images, boxes)}) or common.resize(images, size))
+    cfg = replace(SMALL["cmae"], epochs=4, warmup=0, crop_from=1, crop_every=2, k=0.5, amp=False, data="shapes",
+                  out=str(tmp_path / "run"))
+    cmae.train(cfg)
+    assert len(seen) == 2 * 2 * 3                                # two views, two steps, epochs 1 to 3, none in epoch 0
+    first, second, third = ({**seen[i], **seen[i + 2]} for i in (0, 4, 8))
+    assert first == second != third                                                        # anew in epochs 1 and 3
+    x, _ = cmae.load_images("shapes", "train", 16)
+    kept = common.load_checkpoint(tmp_path / "run")["boxes"]["boxes"]
+    assert all(third[image.numpy().tobytes()] == box.tolist() for image, box in zip(x, kept))
+    model, boxes = build(cfg), cmae.Boxes(32)
+    boxes.locate(model, x, common.start_processes("cpu"))
+    heat = torch.cat([model.heat(common.normalize(image[None] / 255)) for image in x])
+    assert torch.equal(boxes.boxes, cmae.semantic_boxes(heat, cfg.k))
+
+
+@pytest.mark.parametrize("heat", ["attention", "features"])
+def test_heat_map(heat):
+    model, x = build(replace(SMALL["cmae"], heat=heat)), normal(3, 3, 16, 16)
+    M = model.heat(x)
+    assert M.shape == (3, 4, 4) and (M.amin((1, 2)) == 0).all() and (M.amax((1, 2)) == 1).all()
+    tokens = model.encoder.blocks[-1](model.encoder.embed(x))
+    source = model.encoder.attention(x).mean(1) if heat == "attention" else tokens[:, 1:].abs().mean(2)
+    assert torch.equal(M.flatten(1).argsort(1), source.argsort(1))
+
+
+def test_restore_puts_every_token_back():
+    mask = cmae.random_mask(6, 4, 0.75).flatten(1)
+    order, x = cmae.visible_first(mask), normal(6, 16, 5)
+    assert torch.equal(cmae.restore(cmae.take(x, order), order), x)
+
+
+def test_no_gradient_flows_through_q2():
+    """q_1 sees the visible pixels of x_q only, so what reaches its masked pixels could have come through q_2 alone."""
+    model = build(SMALL["cmae"])
+    x_q, x_k = normal(4, 3, 16, 16).requires_grad_(), normal(4, 3, 16, 16, seed=1).requires_grad_()
+    torch.manual_seed(5)
+    losses = model(x_q, x_k)
+    torch.manual_seed(5)
+    hidden = cmae.random_mask(4, 4, 0.75).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None].expand_as(x_q)
+    gradient, = torch.autograd.grad(losses["contrast"], x_q, retain_graph=True)
+    assert (gradient[hidden] == 0).all() and (gradient[~hidden] != 0).any()
+    assert torch.autograd.grad(losses["contrast"], x_k, allow_unused=True) == (None,)      # nor through M_E
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(x_q, x_k)["location"]
+    weight = model.encoder.blocks[0].mlp.fc1.weight
+    assert torch.autograd.grad(loss, weight)[0].abs().sum() > 0                            # but q_1's does, as cast
+
+
+@pytest.mark.parametrize("change", [{}, {"lam_ctr": 0.5, "lam_loc": 2.0, "lam_con": 3.0}])
+def test_forward_is_sections_3_3_to_3_6(change):
+    cfg = replace(SMALL["cmae"], **change)
+    model, x_q, x_k = build(cfg), normal(6, 3, 16, 16), normal(6, 3, 16, 16, seed=1)
+    with torch.no_grad():
+        model.M_E.norm.weight.add_(0.1)  # so that the encoders differ, and the projections
+        model.M_P.fc2.weight.add_(0.1)
+    torch.manual_seed(5)
+    losses = model(x_q, x_k)
+    torch.manual_seed(5)
+    mask_q, mask_k = cmae.random_mask(6, 4, 0.75).flatten(1), cmae.random_mask(6, 4, 0.75).flatten(1)
+    h, visible = [], torch.stack([(~row).nonzero().flatten() for row in mask_q])
+    for encoder, x, mask in ((model.encoder, x_q, mask_q), (model.M_E, x_k, mask_k)):
+        full = torch.empty(6, 16, 48)
+        for part in (mask, ~mask):                                                         # Eq. 2, patch by patch
+            ids = torch.stack([row.nonzero().flatten() for row in part])
+            tokens = encoder(x, ids)[:, 1:]
+            for b in range(6):
+                full[b, ids[b]] = tokens[b]
+        h.append(full)
+    L_ctr = cmae.info_nce_loss(model.P(h[0].mean(1)), model.M_P(h[1].mean(1)), cfg.tau)    # Eq. 3
+    q1 = model.encoder(x_q, visible)
+    L_loc = cmae.location_loss(model.location(q1[:, 1:]), visible)                         # Eq. 4, 5
+    L_con = (model.decoder(q1, visible) - cmae.patchify(x_q, 4)).square()[mask_q].mean()
+    for name, value in (("contrast", L_ctr), ("location", L_loc), ("reconstruction", L_con),
+                        ("loss", cfg.lam_ctr * L_ctr + cfg.lam_loc * L_loc + cfg.lam_con * L_con)):  # Eq. 6
+        assert losses[name].item() == pytest.approx(value.item(), rel=1e-5), name
+
+
+def test_the_momentum_encoder_is_the_average_and_slows_down(few, tmp_path, monkeypatch):
+    cfg = replace(SMALL["cmae"], epochs=1, warmup=0, crop_from=0, momentum=0.9, amp=False, out=str(tmp_path / "run"))
+    encoder, save = [], common.Run.save
+    monkeypatch.setattr(common.Run, "save", lambda run, step, *args, model, **parts: (
+        encoder.append(model.encoder.blocks[0].attn.qkv.weight.detach().clone()), save(run, step, *args, model, **parts)))
+    cmae.train(cfg)                                                                        # two steps
+    average = build(cfg).M_E.blocks[0].attn.qkv.weight
+    for weight, m in zip(encoder, (0.9, 0.95)):                                            # half-way up to 1
+        average = m * average + (1 - m) * weight
+    end = common.load_checkpoint(tmp_path / "run")["model"]
+    assert torch.allclose(end["M_E.blocks.0.attn.qkv.weight"], average, atol=1e-7)
+    assert not torch.equal(end["M_P.fc2.weight"], build(cfg).M_P.fc2.weight)
+
+
+@pytest.mark.parametrize("decoder", ["transformer", "mlp", "conv", "hybrid-mlp", "hybrid-conv"])
+def test_decoders_train_and_have_the_readmes_parameters(decoder):
+    model = build(replace(SMALL["cmae"], decoder=decoder, decoder_depth=3, lam_ctr=0.0, lam_loc=0.0))
+    kinds = {"transformer": "Block", "mlp": "MlpBlock", "conv": "ConvBlock"}
+    middle, rest = kinds[decoder.removeprefix("hybrid-")], kinds[decoder if decoder in kinds else "transformer"]
+    assert [type(block).__name__ for block in model.decoder.blocks] == [rest, middle, rest]
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
+    x = common.normalize(common.load_images("shapes", "train", 16)[0][:16] / 255)
+    for _ in range(60):
+        loss = model(x, x)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.decoder.blocks.parameters())
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10]), losses
+    command = "`python cmae.py`" if decoder == "transformer" else f"`python cmae.py --decoder {decoder}`"
+    row = re.search(rf"\| ([\d., ]+) \| {command} \|", (HERE / "README.md").read_text())
+    for width, millions in zip((512, 256, 128, 64), row[1].split(",")):
+        blocks = cmae.decoder_blocks(cmae.Config(decoder=decoder, decoder_dim=width))
+        n = sum(p.numel() for p in cmae.Decoder(768, 8, 192, width, blocks).parameters())
+        assert f"{n / 1e6:.2f}" == millions.strip()
+
+
+def test_convolution_reaches_neighbours_only_and_passes_the_class_token():
+    block, x = cmae.ConvBlock(8, 4), normal(1, 17, 8)
+    changed = x.clone()
+    changed[0, 1 + 5] += normal(8, seed=1)                                                 # row 1, column 1
+    where = (block(x) != block(changed)).any(2)[0].nonzero().flatten().tolist()
+    assert where == [1 + 4 * y + x for y in (0, 1, 2) for x in (0, 1, 2)]
+    assert torch.equal(block(x)[:, 0], x[:, 0])

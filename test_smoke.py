@@ -17,7 +17,7 @@ from torchvision.transforms import RandomResizedCrop
 import common, eval_linear, images, mclim, show
 
 HERE = pathlib.Path(__file__).parent
-METHODS = {"mclim": range(1, 11), "mvmae": range(1, 8)}  # file → the equations of its paper
+METHODS = {"mclim": range(1, 11), "mvmae": range(1, 8), "cmae": range(1, 7)}  # file → the equations of its paper
 MODULES = {method: importlib.import_module(method) for method in METHODS}
 SMALL = {method: replace(module.TINY, img=16, dim=48, depth=2, batch=16, knn_every=0)  # 16 patches of 4×4
          for method, module in MODULES.items()}
@@ -139,7 +139,7 @@ def test_tiny_model_overfits_one_batch(method):
         history.append({name: value.item() for name, value in losses.items()})
     mean = {name: sum(row[name] for row in history[-20:]) / 20 for name in history[0]}
     assert mean["reconstruction"] < 0.5 * history[0]["reconstruction"], mean
-    assert mean["contrast"] < history[0]["contrast"] - 1, mean
+    assert mean["contrast"] < max(history[0]["contrast"] - 1, 0.5 * history[0]["contrast"]), mean
 
 
 # Views and augmentation
@@ -365,7 +365,7 @@ def test_checkpoint_of_a_broken_model_is_not_written(tmp_path):
     with torch.no_grad():
         model.encoder.norm.bias[0] = math.nan
     with pytest.raises(FloatingPointError, match="step 3"):
-        common.Run("mclim", cfg, common.start_processes("cpu"), 3).save(3, model, None, None, None)
+        common.Run("mclim", cfg, common.start_processes("cpu"), 3).save(3, None, None, model)
     assert not (tmp_path / "last.pt").exists()
 
 
@@ -443,6 +443,9 @@ BAD_OWN = {
     "mvmae": {"one view": ("--targets one", ["--targets", "one", "--lam 0"]),
               "no mask": ("--mask 0.001", ["--mask", "0.001", "196"]),
               "width": ("--decoder-dim 100", ["--decoder-dim", "100", "--decoder-heads 16"])},
+    "cmae": {"choice": ("--decoder lstm", ["--decoder", "lstm", "hybrid-conv"]),
+             "weights": ("--lam-ctr 0 --lam-loc 0 --lam-con 0", ["--lam-ctr", "not all 0"]),
+             "threshold": ("--k 1", ["--k", "1.0", "between 0 and 1"])},
 }
 
 
@@ -526,14 +529,15 @@ def metrics(folder):
 
 @every_method
 def test_a_run_resumed_after_its_first_epoch_ends_in_the_same_weights(few, tmp_path, method, monkeypatch):
-    cfg = replace(SMALL[method], epochs=3, log_every=1, data="shapes")
+    own = {"cmae": {"crop_from": 0, "crop_every": 2}}  # boxes of epoch 0 serve in epoch 1
+    cfg = replace(SMALL[method], epochs=3, log_every=1, data="shapes", **own.get(method, {}))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     MODULES[method].train(replace(cfg, out=str(tmp_path / "whole")))
     save = common.Run.save
 
-    def save_and_die(run, step, *parts):
-        save(run, step, *parts)
+    def save_and_die(run, step, *args, **parts):
+        save(run, step, *args, **parts)
         if step == 3:  # one step after the end of the first epoch
             raise KeyboardInterrupt
 
@@ -663,19 +667,20 @@ def test_torchrun_trains_and_one_process_writes(tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_model_code_needs_nothing_of_the_project(method):
-    tree = ast.parse((HERE / f"{method}.py").read_text())
+    text = (HERE / f"{method}.py").read_text()
+    tree, views = ast.parse(text), text[:text.index("\n# Views, ")].count("\n")
     own = {path.stem for path in HERE.glob("*.py")}
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module in own]
     foreign = {alias.asname or alias.name for node in imports for alias in node.names}
     assert {"Run", "load_images"} <= foreign
     for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in ("Config", "views", "train", "main"):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name != "Config" and node.lineno < views:
             used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
             assert not used & foreign, f"{node.name} needs {used & foreign}"
 
 
 def test_a_block_that_files_share_is_the_same_to_the_letter():
-    own, sources = {"Config", "Encoder", "train", "main", "views"}, {}
+    own, sources = {"Config", "Encoder", "info_nce_loss", "train", "main", "views"}, {}  # a paper's own
     for method in METHODS:
         text = (HERE / f"{method}.py").read_text()
         for node in ast.parse(text).body:
@@ -743,10 +748,11 @@ def early(request):
 def trained(tmp_path_factory):
     """Each method's training on shapes as a real process: method → its folder, and what becomes its answer."""
     tmp = tmp_path_factory.mktemp("trained")
-    command = "--tiny --data shapes --depth 2 --dim 96 --batch 64 --lr 4e-3 --epochs 3 --knn-every 0 --out"
+    command = "--tiny --data shapes --depth 2 --dim 96 --batch 64 --lr 4e-3 --knn-every 0".split()
+    epochs = {"mclim": 3, "mvmae": 3, "cmae": 6}
     with ThreadPoolExecutor(1) as pool:
-        yield {method: (tmp / method, pool.submit(run, HERE / f"{method}.py", *command.split(), tmp / method))
-               for method in METHODS}
+        yield {method: (tmp / method, pool.submit(run, HERE / f"{method}.py", *command, "--epochs", epochs[method],
+                                                  "--out", tmp / method)) for method in METHODS}
 
 
 @every_method

@@ -71,7 +71,9 @@ Where this file departs from the paper. "Most of the settings followed the MAE" 
     python eval_linear.py runs/mvmae-DATE-TIME               kNN and linear probe of what came out
     python show.py runs/mvmae-DATE-TIME                      reconstructions and attention, as in Figures 8 and 2
 
-Measured: not yet.
+Measured: --tiny, 6 epochs of CIFAR-10 (JPEG) on one CPU core: kNN 54.2 %, linear probe 53.3 % (untrained 33.6, 43.6;
+MAE in the same time 44.0, 54.8). At the paper's size one view costs 0.33 of what it would with all patches visible.
+The paper's configuration is not measured yet. Commands and the rest: RESULTS.md.
 """
 import math, sys
 from collections import OrderedDict

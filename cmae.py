@@ -476,7 +476,6 @@ def semantic_boxes(heat, k):
     heat (B, n, n), 0…1 → (B, 4): top, left, bottom, right as shares of the side; the whole image where nothing is.
     """
     hot, n = heat > k, heat.shape[1]
-    hot |= ~hot.flatten(1).any(1)[:, None, None]
     rows, columns = hot.any(2), hot.any(1)                                                  # (B, n)
     top, left = (line.int().argmax(1) for line in (rows, columns))                          # the first
     bottom, right = (n - line.flip(1).int().argmax(1) for line in (rows, columns))          # behind the last

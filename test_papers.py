@@ -330,17 +330,21 @@ def test_attention_is_the_class_tokens():
         assert torch.allclose(encoder.attention(x)[:, head], full[:, 0, 1:], atol=1e-6)
 
 
-def test_views_are_section_3_1_1():
-    cfg, x = SMALL["mvmae"], (255 * torch.rand(64, 3, 16, 16)).byte()
-    same = mvmae.views(x, replace(cfg, targets="same"))
-    assert torch.equal(*same)
-    view1, _ = mvmae.views(x, replace(cfg, crop_min=1.0))  # most crops are now nearly the whole: flips are plain to see
+@pytest.mark.parametrize("module", [mvmae, cmae])
+def test_views_are_flipped_and_of_many_sizes(module):
+    cfg, x = SMALL[module.__name__], (255 * torch.rand(64, 3, 16, 16)).byte()
+    view1, _ = module.views(x, replace(cfg, crop_min=1.0))  # nearly whole images: flips are plain to see
     whole = common.normalize(common.resize(x, 16))
     flipped = (view1 - whole.flip(3)).square().mean((1, 2, 3)) < (view1 - whole).square().mean((1, 2, 3))
     assert 16 < flipped.sum() < 48
     small = [(view - view.mean((2, 3), keepdim=True)).square().mean() for view in  # crops of less area are smoother
-             (mvmae.views(x, replace(cfg, crop_min=c))[0] for c in (0.2, 1.0))]
+             (module.views(x, replace(cfg, crop_min=c))[0] for c in (0.2, 1.0))]
     assert small[0] < small[1]
+
+
+def test_one_target_view_for_both_branches():
+    same = mvmae.views((255 * torch.rand(8, 3, 16, 16)).byte(), replace(SMALL["mvmae"], targets="same"))
+    assert torch.equal(*same)
 
 
 # CMAE

@@ -529,7 +529,7 @@ def metrics(folder):
 
 @every_method
 def test_a_run_resumed_after_its_first_epoch_ends_in_the_same_weights(few, tmp_path, method, monkeypatch):
-    own = {"cmae": {"crop_from": 0, "crop_every": 2}}  # boxes of epoch 0 serve in epoch 1
+    own = {"cmae": {"crop_from": 0, "crop_every": 2, "k": 0.5}}  # boxes of epoch 0 serve in epoch 1
     cfg = replace(SMALL[method], epochs=3, log_every=1, data="shapes", **own.get(method, {}))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -108,11 +108,7 @@ def check_config(cfg):
 
 # Processes and numerics
 
-class Here(typing.NamedTuple):
-    """Where this process runs."""
-    rank: int
-    world: int
-    device: torch.device
+Here = typing.NamedTuple("Here", [("rank", int), ("world", int), ("device", torch.device)])  # where this process runs
 
 
 def start_processes(device="auto"):
@@ -224,8 +220,7 @@ def save_checkpoint(file, method, cfg, step, **parts):
 def load_checkpoint(file, method=None, **parts):
     """Reads a file of save_checkpoint, or a run's newest, into `parts`; returns it. Raises UserError if it can't."""
     file = pathlib.Path(file)
-    if file.is_dir():
-        file = file / ("last.pt" if (file / "last.pt").exists() else "previous.pt")
+    file = file / ("last.pt" if (file / "last.pt").exists() else "previous.pt") if file.is_dir() else file
     check(file.is_file(), "checkpoint", file, "does not exist")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
@@ -245,12 +240,12 @@ def load_checkpoint(file, method=None, **parts):
 class Run:
     """The folder of a run: config, metrics, curves, pictures, checkpoints; only the first process writes.
 
-    After SIGINT or SIGTERM the loop finishes its step, `save` saves, and `stopped` is true. Raises UserError for an
-    --out that holds something.
+    After SIGINT or SIGTERM the loop finishes its step, `save` saves, and `stopped` is true. `columns`: what the method
+    writes once an epoch by `write`. Raises UserError for an --out that holds something.
     """
-    def __init__(self, method, cfg, here, per_epoch):
+    def __init__(self, method, cfg, here, per_epoch, columns=()):
         self.folder = pathlib.Path(cfg.out or time.strftime(f"runs/{method}-%Y%m%d-%H%M%S"))
-        self.method, self.cfg, self.here, self.per_epoch = method, cfg, here, per_epoch
+        self.method, self.cfg, self.here, self.per_epoch, self.columns = method, cfg, here, per_epoch, columns
         self.rows, self.sums, self.signal, self.drawn, self.logged, self.leaving, self.stopped = [], {}, 0, 0, 0, 0, 0
         if not cfg.resume and here.rank == 0:
             check(not self.folder.exists() or self.folder.is_dir() and not any(self.folder.iterdir()), "--out",
@@ -286,7 +281,7 @@ class Run:
         return self.logged
 
     def write(self, row):
-        """Adds a row to metrics.csv; the first one of this process begins the file anew."""
+        """Adds a row, column → value, to metrics.csv; the first one of this process begins the file anew."""
         with open(self.folder / "metrics.csv", "a" if self.rows else "w", newline="") as file:
             writer = csv.DictWriter(file, self.rows[0] if self.rows else row)
             if not self.rows:
@@ -316,8 +311,8 @@ class Run:
         pace = (time.time() - self.clock) / (step - self.logged)
         if self.here.rank == 0:
             speed, epoch, epochs = self.cfg.batch * self.here.world / pace, step / self.per_epoch, self.cfg.epochs
-            place = {"step": step, "epoch": round(epoch, 4), "lr": lr}
-            self.write({**place, "knn": "", **means, "images_per_second": round(speed, 1)})
+            row = {"step": step, "epoch": round(epoch, 4), "lr": lr, **dict.fromkeys(["knn", *self.columns], "")}
+            self.write({**row, **means, "images_per_second": round(speed, 1)})
             left = datetime.timedelta(seconds=round((epochs - epoch) * self.per_epoch * pace))
             line = f"epoch {epoch:.2f}/{epochs}  step {step}  {terms}  {speed:,.0f} images/s  {left} left"
             print(f"\r\033[K{line}" if sys.stdout.isatty() else f"{line}\n", end="", flush=True)
@@ -373,13 +368,19 @@ class Run:
 
 
 def draw_curves(file, rows):
-    """One panel for each column of metrics.csv, over epochs."""
-    names = [name for name in rows[0] if name not in ("step", "epoch") and any(row.get(name, "") != "" for row in rows)]
-    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.8), layout="constrained")
-    for axis, name in zip(axes, names):
+    """One panel for each column of metrics.csv, over epochs; columns that differ in a last number share one."""
+    panels = {}
+    for name in list(rows[0])[2:]:
         points = [(float(row["epoch"]), float(row[name])) for row in rows if row.get(name, "") != ""]
-        axis.plot(*zip(*points), marker="." if len(points) < 20 else None)
-        axis.set(title={"knn": "kNN top-1", "lr": "learning rate"}.get(name, name.replace("_", " ")), xlabel="epoch")
+        if points:
+            panels.setdefault(name.rstrip(" 0123456789"), {})[name] = points
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 2.8), layout="constrained")
+    for axis, (title, lines) in zip(axes, panels.items()):
+        for name, points in lines.items():
+            axis.plot(*zip(*points), marker="." if len(points) < 20 else None, label=name)
+        if len(lines) > 1:
+            axis.legend(fontsize="xx-small", ncols=2)
+        axis.set(title={"knn": "kNN top-1", "lr": "learning rate"}.get(title, title.replace("_", " ")), xlabel="epoch")
         axis.grid(alpha=0.3)
     figure.savefig(file, dpi=100)
     plt.close(figure)
@@ -394,7 +395,6 @@ def draw_images(file, pictures):
         row[0].set_ylabel(label, rotation=0, ha="right", va="center")
         for axis, image in zip(row, denormalize(images.float().cpu())):
             axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-        for axis in row:
-            axis.set(xticks=[], yticks=[])
+        plt.setp(row, xticks=[], yticks=[])
     figure.savefig(file, dpi=100)
     plt.close(figure)

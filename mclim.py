@@ -190,6 +190,12 @@ def mlp(dim, hidden, out):
     return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, out)))
 
 
+def attend(q, k, tokens):
+    """How the mean query of `tokens` (a slice of the N) attends to all N: (B, K, N, D/K) twice → (B, K, N), sum 1."""
+    q = q.float()[:, :, tokens].mean(2, keepdim=True)                                       # (B, K, 1, D/K)
+    return ((q * k.float()).sum(3) / k.shape[3] ** 0.5).softmax(2)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, D) → (B, N, D)."""
     def __init__(self, dim, heads):
@@ -202,16 +208,13 @@ class Attention(nn.Module):
         """(B, N, D) → queries, keys, values of each head, (3, B, K, N, D/K)."""
         return self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
-    def forward(self, x):
-        q, k, v = self.split(x)
+    def mix(self, q, k, v):
+        """Queries, keys, values of each head (B, K, N, D/K) → (B, N, D)."""
         x = F.scaled_dot_product_attention(q, k, v)                                         # (B, K, N, D/K)
-        return self.proj(x.transpose(1, 2).flatten(2))                                      # (B, N, D)
+        return self.proj(x.transpose(1, 2).flatten(2))
 
-    def attend(self, x, tokens):
-        """How the mean query of `tokens` (a slice of the N) attends to all N: (B, N, D) → (B, K, N), summing to 1."""
-        q, k, _ = self.split(x).float()
-        q = q[:, :, tokens].mean(2, keepdim=True)                                           # (B, K, 1, D/K)
-        return ((q * k).sum(3) / k.shape[3] ** 0.5).softmax(2)                              # (B, K, N)
+    def forward(self, x):
+        return self.mix(*self.split(x))
 
 
 class Block(nn.Module):
@@ -319,7 +322,8 @@ class Encoder(nn.Module):
 
     def attention(self, x):
         block = self.blocks[-1]
-        return block.attn.attend(block.norm1(self.embed(x)), slice(None))
+        q, k, _ = block.attn.split(block.norm1(self.embed(x)))
+        return attend(q, k, slice(None))
 
 
 class SwinEncoder(nn.Module):
@@ -350,9 +354,8 @@ class SwinEncoder(nn.Module):
     def attention(self, x):
         block = self.stages[-1][-1]
         x = block.norm1(self.embed(x)).flatten(1, 2)                                        # (B, N, D)
-        q, k, _ = block.attn.qkv(x).float().unflatten(2, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q = q.mean(2, keepdim=True)                                                         # (B, K, 1, D/K)
-        return ((q * k).sum(3) / k.shape[3] ** 0.5).softmax(2)                              # (B, K, N)
+        q, k, _ = block.attn.qkv(x).unflatten(2, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return attend(q, k, slice(None))
 
 
 class RelativeAttention(Attention):

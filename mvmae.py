@@ -44,8 +44,7 @@ Where this file departs from the paper. "Most of the settings followed the MAE" 
     "Baseline [23]", Table 6              MAE's form with this file's settings: one view,   --targets one --lam 0
                                             masked once; MAE's own ratio and depth besides    --mask 0.75
                                                                                               --decoder-depth 8
-    fine-tuning, detection, segmentation  not in this file; linear probe by                 -
-      (§4.1.2, §4.1.3)                      eval_linear.py's one recipe for all methods
+    §4.1.2, §4.1.3: evaluation            linear probe by eval_linear.py, all methods alike -
     Printed otherwise
     Eq. 3: a sum over whole views' pixels mean over pixels ("mean squared error", §3.2.1)   --pixels all
                                             of the masked patches, which the decoder
@@ -53,16 +52,14 @@ Where this file departs from the paper. "Most of the settings followed the MAE" 
     Eq. 4's text: "the denominator        the numerator does; in the denominator are the    -
       computes … a positive pair"           positive and the 2(N - 1) negatives: k ≠ i
     Eq. 6: pairs (2k - 1, 2k)             (i, i + B): all first views, then all second      -
-    Figure 7: masked patches x_i^m enter  mask tokens do, as §3.1.4's text says             -
-      the decoder
+    Figure 7: the decoder takes x_i^m     it takes mask tokens, as §3.1.4's text says       -
     τ: 0.07, "the default setting of"     0.07, which is MoCo's; SimCLR's is 0.1            --tau
       SimCLR
     §4.2.1: with λ = 0 it is MAE          not alone: two views remain, and Table 6 has      --targets one
                                             either row
     Table 5: 79.25, 79.64, 80.03 for 80 %, in one run they would be one number; what the    -
       λ = 2, depth 4                        other settings were is not said: here the final
-    Figure 2: attention, heads averaged   the class token's in the last block alone, heads  -
-      "following" attention rollout         averaged (show.py)
+    Figure 2: "following" [27], rollout   attention from the class token, last block alone  -
 
     python mvmae.py                                          the paper's settings, on CIFAR-10 at 224 pixels
     python mvmae.py --data PATH --epochs 200                 your images, or ImageNet-1K as for Table 5
@@ -168,6 +165,12 @@ def mlp(dim, hidden, out):
     return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, out)))
 
 
+def attend(q, k, tokens):
+    """How the mean query of `tokens` (a slice of the N) attends to all N: (B, K, N, D/K) twice → (B, K, N), sum 1."""
+    q = q.float()[:, :, tokens].mean(2, keepdim=True)                                       # (B, K, 1, D/K)
+    return ((q * k.float()).sum(3) / k.shape[3] ** 0.5).softmax(2)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, D) → (B, N, D)."""
     def __init__(self, dim, heads):
@@ -180,16 +183,13 @@ class Attention(nn.Module):
         """(B, N, D) → queries, keys, values of each head, (3, B, K, N, D/K)."""
         return self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
-    def forward(self, x):
-        q, k, v = self.split(x)
+    def mix(self, q, k, v):
+        """Queries, keys, values of each head (B, K, N, D/K) → (B, N, D)."""
         x = F.scaled_dot_product_attention(q, k, v)                                         # (B, K, N, D/K)
-        return self.proj(x.transpose(1, 2).flatten(2))                                      # (B, N, D)
+        return self.proj(x.transpose(1, 2).flatten(2))
 
-    def attend(self, x, tokens):
-        """How the mean query of `tokens` (a slice of the N) attends to all N: (B, N, D) → (B, K, N), summing to 1."""
-        q, k, _ = self.split(x).float()
-        q = q[:, :, tokens].mean(2, keepdim=True)                                           # (B, K, 1, D/K)
-        return ((q * k).sum(3) / k.shape[3] ** 0.5).softmax(2)                              # (B, K, N)
+    def forward(self, x):
+        return self.mix(*self.split(x))
 
 
 class Block(nn.Module):
@@ -301,7 +301,8 @@ class Encoder(nn.Module):
     def attention(self, x):
         """How the class token attends to the patches in the last block, (B, 3, H, W) → (B, K, N)."""
         block = self.blocks[-1]
-        return block.attn.attend(block.norm1(self.embed(x)), slice(1))[:, :, 1:]
+        q, k, _ = block.attn.split(block.norm1(self.embed(x)))
+        return attend(q, k, slice(1))[:, :, 1:]
 
 
 class Decoder(nn.Module):

@@ -5,8 +5,8 @@
 
 Rows: the images, masked, and restored; where the last block's attention goes (from the class token, or from the mean
 query where there is none), mean over its heads, over the image and alone, and each head alone. Each map is stretched:
-black is its least, light yellow its most. Then what only the run's method has: CMAE's boxes and crops. Writes show.png
-beside the checkpoint.
+black is its least, light yellow its most. Then what only the run's method has: CMAE's boxes and crops, CAMAE's masks.
+Writes show.png beside the checkpoint.
 """
 import argparse, pathlib, sys
 
@@ -56,7 +56,18 @@ def crop_panel(model, x):
     return {label: normalize(row) for label, row in rows.items()}
 
 
-PANELS = {"every method": [reconstruction_panel, attention_panel], "cmae": [crop_panel]}
+def idm_panel(model, x):
+    """What each head's IDM mask leaves of the images."""
+    camae, attention = sys.modules[type(model).__module__], model.encoder.attention(x)      # (n, K, N)
+    rows = {}
+    for k in range(attention.shape[1]):
+        mask = camae.idm_mask(attention[:, k], model.cfg.mask)                              # (n, N)
+        patches = camae.patchify(x, model.cfg.patch).masked_fill(mask[:, :, None], 0)
+        rows[f"left by the mask\nof head {k + 1}"] = camae.unpatchify(patches, model.cfg.patch)
+    return rows
+
+
+PANELS = {"every method": [reconstruction_panel, attention_panel], "cmae": [crop_panel], "camae": [idm_panel]}
 
 
 def heat_map(values, size):

@@ -1,11 +1,12 @@
 """The papers' tests: each method's formulas against loops written from the paper, and what only this method has."""
-import math, re, time
+import csv, math, re, time
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
-import cmae, common, mclim, mvmae
+import camae, cmae, common, mclim, mvmae
 from test_smoke import HERE, SMALL, build, few, normal  # few is a fixture
 
 BACKBONES = [SMALL["mclim"], replace(SMALL["mclim"], backbone="swin", dim=192),
@@ -55,14 +56,15 @@ def test_nt_xent_is_equations_4_to_6(tau):
     assert mvmae.nt_xent_loss(z1, z2, tau).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_cmaes_info_nce_is_equation_3():
+@pytest.mark.parametrize("module", [cmae, camae])
+def test_one_sided_info_nce_is_cmaes_equation_3_and_camaes_1(module):
     q, k = (z / z.norm(dim=1, keepdim=True) for z in (normal(5, 7), normal(5, 7, seed=1)))
     terms = []
     for i in range(5):
         positive = math.exp(torch.dot(q[i], k[i]) / 0.2)
         others = sum(math.exp(torch.dot(q[i], k[j]) / 0.2) for j in range(5) if j != i)
         terms.append(-math.log(positive / (positive + others)))
-    assert cmae.info_nce_loss(3 * q, 2 * k, 0.2).item() == pytest.approx(sum(terms) / 5, rel=1e-5)
+    assert module.info_nce_loss(3 * q, 2 * k, 0.2).item() == pytest.approx(sum(terms) / 5, rel=1e-5)
 
 
 def test_location_loss_is_equation_5():
@@ -72,7 +74,8 @@ def test_location_loss_is_equation_5():
     assert cmae.location_loss(p, positions).item() == pytest.approx(sum(norms) / 6, rel=1e-5)
 
 
-@pytest.mark.parametrize("loss", [mclim.dcl_loss, mclim.info_nce_loss, mvmae.nt_xent_loss, cmae.info_nce_loss],
+@pytest.mark.parametrize("loss", [mclim.dcl_loss, mclim.info_nce_loss, mvmae.nt_xent_loss, cmae.info_nce_loss,
+                                  camae.info_nce_loss],
                          ids=lambda f: f"{f.__module__}.{f.__name__}")
 def test_contrastive_losses_stay_in_float32_under_autocast(loss):
     z1, z2 = normal(8, 16), normal(8, 16, seed=1)
@@ -330,9 +333,10 @@ def test_attention_is_the_class_tokens():
         assert torch.allclose(encoder.attention(x)[:, head], full[:, 0, 1:], atol=1e-6)
 
 
-@pytest.mark.parametrize("module", [mvmae, cmae])
+@pytest.mark.parametrize("module", [mvmae, cmae, camae])
 def test_views_are_flipped_and_of_many_sizes(module):
     cfg, x = SMALL[module.__name__], (255 * torch.rand(64, 3, 16, 16)).byte()
+    cfg = replace(cfg, jitter=0.0, gray=0.0, blur=0.0) if module is camae else cfg
     view1, _ = module.views(x, replace(cfg, crop_min=1.0))  # nearly whole images: flips are plain to see
     whole = common.normalize(common.resize(x, 16))
     flipped = (view1 - whole.flip(3)).square().mean((1, 2, 3)) < (view1 - whole).square().mean((1, 2, 3))
@@ -515,3 +519,118 @@ def test_convolution_reaches_neighbours_only_and_passes_the_class_token():
     where = (block(x) != block(changed)).any(2)[0].nonzero().flatten().tolist()
     assert where == [1 + 4 * y + x for y in (0, 1, 2) for x in (0, 1, 2)]
     assert torch.equal(block(x)[:, 0], x[:, 0])
+
+
+# CAMAE
+
+def test_masked_mse_is_equation_2():
+    pred, target, mask = normal(3, 4, 5), normal(3, 4, 5, seed=1), torch.tensor([[1, 0, 0, 1], [0, 0, 1, 0], [1] * 4])
+    errors = [(target[i, h, c] - pred[i, h, c]).item() ** 2 for i in range(3) for h in range(4) for c in range(5)
+              if mask[i, h]]
+    assert camae.masked_mse(pred, target, mask.bool()).item() == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.75])
+def test_idm_masks_the_patches_with_the_most_attention(ratio):
+    attention = normal(6, 16).softmax(1)
+    for row, mask in zip(attention.tolist(), camae.idm_mask(attention, ratio).tolist()):
+        most = sorted(range(16), key=lambda h: -row[h])[:round(16 * ratio)]
+        assert [h for h in range(16) if mask[h]] == sorted(most)
+
+
+def test_plb_update_is_equation_4_for_losses_of_any_size():
+    p, losses, lam, eps = [0.5, 0.2, 0.3], [0.3, 0.7, 0.1], 0.9, 0.2
+    total = sum(math.exp(L / eps) for L in losses)
+    expected = [(1 - lam) * q + lam * math.exp(L / eps) / total for q, L in zip(p, losses)]
+    assert camae.plb_update(torch.tensor(p), torch.tensor(losses), lam, eps).tolist() == pytest.approx(expected)
+    huge = camae.plb_update(torch.tensor(p), 1e6 + torch.tensor(losses, dtype=torch.double), lam, eps)
+    assert huge.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_plb_gathers_an_epoch_and_an_undrawn_head_keeps_its_loss():
+    plb = camae.PLB(3)
+    for m, loss in ((0, 0.2), (2, 0.5), (0, 0.4)):
+        plb.note(torch.tensor([m]), torch.tensor(loss))
+    plb.end_epoch(0.99, 0.2)
+    first = camae.plb_update(torch.full((3,), 1 / 3), torch.tensor([0.3, 0.4, 0.5]), 0.99, 0.2)  # 1: the others' mean
+    assert torch.allclose(plb.p, first) and plb.losses[1].isnan()
+    plb.note(torch.tensor([1]), torch.tensor(0.1))
+    plb.end_epoch(0.99, 0.2)
+    assert torch.allclose(plb.losses, torch.tensor([0.3, 0.1, 0.5]))
+    assert torch.allclose(plb.p, camae.plb_update(first, torch.tensor([0.3, 0.1, 0.5]), 0.99, 0.2))
+
+
+def test_heads_are_drawn_by_p_and_by_seed_and_epoch():
+    plb = camae.PLB(3)
+    plb.p.copy_(torch.tensor([0.2, 0.7, 0.1]))
+    drawn = plb.draw(5000, 0, 3)
+    assert torch.equal(drawn, plb.draw(5000, 0, 3)) and not torch.equal(drawn, plb.draw(5000, 0, 4))
+    assert (drawn.bincount(minlength=3) / 5000 - plb.p).abs().max() < 0.03
+
+
+def test_attention_of_the_contrastive_pass_is_attention_in_full():
+    model, x = build(SMALL["camae"]), normal(2, 3, 16, 16)
+    tokens, attention = camae.encode(model.encoder, x)
+    assert torch.allclose(tokens, model.encoder(x), atol=1e-6) and not attention.requires_grad
+    block, before = model.encoder.blocks[-1], model.encoder.embed(x)
+    q, k = block.attn.qkv(block.norm1(before)).unflatten(2, (3, 3, 16)).unbind(2)[:2]      # (B, 1 + N, K, D/K)
+    for head in range(3):
+        full = torch.softmax(q[:, :, head] @ k[:, :, head].transpose(1, 2) / 4, 2)         # (B, 1 + N, 1 + N)
+        assert torch.allclose(attention[:, head], full[:, 0, 1:], atol=1e-6)
+
+
+@pytest.mark.parametrize("change", [{}, {"mask_by": "random"}, {"contrast": False}, {"norm_pixels": True}])
+def test_forward_is_section_iii(change):
+    cfg = replace(SMALL["camae"], **change)
+    model, view1, view2, m = build(cfg), normal(6, 3, 16, 16), normal(6, 3, 16, 16, seed=1), torch.tensor([1])
+    L_c = 0
+    if cfg.contrast:
+        with torch.no_grad():
+            model.f_xi.norm.weight.add_(0.1)  # so that the networks differ
+            model.g_xi.fc2.weight.add_(0.1)
+        z1, z2 = (model.g_theta(model.encoder(x)[:, 0]) for x in (view1, view2))
+        k1, k2 = (model.g_xi(model.f_xi(x)[:, 0]) for x in (view1, view2))
+        L_c = 0.5 * camae.info_nce_loss(z1, k2, cfg.tau) + 0.5 * camae.info_nce_loss(z2, k1, cfg.tau)  # Eq. 1
+    torch.manual_seed(5)
+    losses = model(view1, view2, m)
+    torch.manual_seed(5)
+    mask = camae.random_mask(6, 4, 0.75).flatten(1)
+    if cfg.mask_by != "random":
+        mask = camae.idm_mask(model.encoder.attention(view1)[:, 1], 0.75)                  # Eq. 3
+    visible = torch.stack([(~row).nonzero().flatten() for row in mask])
+    target = camae.patchify(view1, 4)
+    target = camae.normalize_patches(target) if cfg.norm_pixels else target
+    L_m = (model.decoder(model.encoder(view1, visible), visible) - target).square()[mask].mean()  # Eq. 2
+    assert losses["reconstruction"].item() == pytest.approx(L_m.item(), rel=1e-5)
+    assert losses["loss"].item() == pytest.approx((L_c + L_m).item(), rel=1e-5)            # Eq. 6
+    assert ("contrast" in losses) == cfg.contrast
+    assert torch.allclose(model.encoder.features(view1), model.encoder(view1)[:, 0])
+
+
+def test_camaes_momentum_networks_are_averages(few, tmp_path):
+    cfg = replace(SMALL["camae"], batch=32, epochs=1, warmup=0, momentum=0.9, amp=False, out=str(tmp_path / "run"))
+    camae.train(cfg)                                                                       # one step
+    start, end = build(cfg).state_dict(), common.load_checkpoint(tmp_path / "run")["model"]
+    for average, one in (("f_xi.blocks.0.attn.qkv.weight", "encoder.blocks.0.attn.qkv.weight"),
+                         ("g_xi.fc2.weight", "g_theta.fc2.weight")):
+        assert not torch.equal(end[one], start[one])
+        assert torch.allclose(end[average], 0.9 * start[average] + 0.1 * end[one], atol=1e-7)
+
+
+@pytest.mark.parametrize("mask_by", ["idm", "plb"])
+def test_probabilities_and_losses_of_heads_are_logged_each_epoch(few, tmp_path, mask_by):
+    out = camae.train(replace(SMALL["camae"], epochs=3, warmup=0, mask_by=mask_by, amp=False, log_every=1,
+                              data="shapes", out=str(tmp_path / "run")))
+    rows = [row for row in csv.DictReader(open(out / "metrics.csv")) if row["p of head 1"]]
+    p = torch.tensor([[float(row[f"p of head {m}"]) for m in (1, 2, 3)] for row in rows])
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"] and torch.allclose(p.sum(1), torch.ones(3))
+    assert torch.allclose(p[0], torch.full((3,), 1 / 3))
+    plb = common.load_checkpoint(out)["plb"]
+    losses = torch.tensor([[float(row[f"loss of head {m}"]) for m in (1, 2, 3)] for row in rows])
+    if mask_by == "idm":
+        assert torch.allclose(p, torch.full((3, 3), 1 / 3)) and torch.allclose(plb["p"], p[0])
+    else:
+        filled = torch.where(losses.isnan(), losses.nanmean(1, keepdim=True), losses)
+        for before, after, L in zip(p, [*p[1:], plb["p"]], filled):
+            assert torch.allclose(after, camae.plb_update(before, L, 0.99, 0.2), atol=1e-6)
+    assert Image.open(out / "curves.png").size[0] == 320 * 7                               # two of them for the heads

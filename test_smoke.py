@@ -17,7 +17,8 @@ from torchvision.transforms import RandomResizedCrop
 import common, eval_linear, images, mclim, show
 
 HERE = pathlib.Path(__file__).parent
-METHODS = {"mclim": range(1, 11), "mvmae": range(1, 8), "cmae": range(1, 7)}  # file → the equations of its paper
+METHODS = {"mclim": range(1, 11), "mvmae": range(1, 8), "cmae": range(1, 7),
+           "camae": range(1, 7)}  # file → the equations of its paper
 MODULES = {method: importlib.import_module(method) for method in METHODS}
 SMALL = {method: replace(module.TINY, img=16, dim=48, depth=2, batch=16, knn_every=0)  # 16 patches of 4×4
          for method, module in MODULES.items()}
@@ -83,7 +84,7 @@ def test_attention_is_the_softmax_of_the_mean_query():
         q, k = (qkv[:, :, i * 12 + head * 4:][:, :, :4] for i in (0, 1))
         for tokens in (slice(None), slice(1)):
             logits = torch.stack([k[b] @ q[b, tokens].mean(0) / 2 for b in range(2)])
-            assert torch.allclose(attention.attend(x, tokens)[:, head], logits.softmax(1), atol=1e-6)
+            assert torch.allclose(mclim.attend(*attention.split(x)[:2], tokens)[:, head], logits.softmax(1), atol=1e-6)
 
 
 # The model, as others rely on it
@@ -446,6 +447,9 @@ BAD_OWN = {
     "cmae": {"choice": ("--decoder lstm", ["--decoder", "lstm", "hybrid-conv"]),
              "weights": ("--lam-ctr 0 --lam-loc 0 --lam-con 0", ["--lam-ctr", "not all 0"]),
              "threshold": ("--k 1", ["--k", "1.0", "between 0 and 1"])},
+    "camae": {"choice": ("--mask-by noise", ["--mask-by", "noise", "plb"]),
+              "weight": ("--lam 1.5", ["--lam", "1.5", "between 0 and 1"]),
+              "width": ("--hidden 0", ["--hidden", "0", "at least 1"])},
 }
 
 
@@ -749,7 +753,7 @@ def trained(tmp_path_factory):
     """Each method's training on shapes as a real process: method → its folder, and what becomes its answer."""
     tmp = tmp_path_factory.mktemp("trained")
     command = "--tiny --data shapes --depth 2 --dim 96 --batch 64 --lr 4e-3 --knn-every 0".split()
-    epochs = {"mclim": 3, "mvmae": 3, "cmae": 6}
+    epochs = {"mclim": 3, "mvmae": 3, "cmae": 6, "camae": 6}
     with ThreadPoolExecutor(1) as pool:
         yield {method: (tmp / method, pool.submit(run, HERE / f"{method}.py", *command, "--epochs", epochs[method],
                                                   "--out", tmp / method)) for method in METHODS}

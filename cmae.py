@@ -79,7 +79,9 @@ Where this file departs from the paper
     python eval_linear.py runs/cmae-DATE-TIME                kNN and linear probe of what came out
     python show.py runs/cmae-DATE-TIME                       reconstructions, attention, boxes and crops
 
-Measured: not yet.
+Measured: --tiny, 5 epochs of CIFAR-10 (JPEG) on one CPU core: kNN 36.4 %, linear probe 46.2 % (untrained 33.6, 43.6);
+2 epochs of Tiny-ImageNet: 7.3 and 13.5 %. The paper's configuration is not measured yet. Commands and the rest:
+RESULTS.md.
 """
 import copy, math, sys
 from collections import OrderedDict

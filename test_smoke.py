@@ -41,7 +41,7 @@ def run(*args, cwd=HERE, **options):
     nowhere = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
     env = {**os.environ, "OMP_NUM_THREADS": "1", **nowhere, "PYTHONPATH": str(HERE)}
     return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, text=True, capture_output=True,
-                          timeout=170, **options)
+                          timeout=600, **options)
 
 
 # Blocks that the files share
@@ -599,7 +599,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
 # Several processes
 
 PAIR = """
-import gc, sys, torch, torch.distributed as dist, test_smoke
+import camae, gc, sys, torch, torch.distributed as dist, test_smoke
 from torch.nn.parallel import DistributedDataParallel
 
 def step(rank, method):
@@ -615,6 +615,10 @@ dist.init_process_group("gloo")
 for method in test_smoke.METHODS:
     step(dist.get_rank(), method)
     gc.collect()
+plb = camae.PLB(2)
+plb.note(torch.tensor([1]), torch.tensor(1.0 + dist.get_rank()))
+if dist.get_rank() == 1:
+    torch.save(plb.sums, f"{sys.argv[1]}/plb.pt")
 dist.destroy_process_group()
 """
 
@@ -646,6 +650,7 @@ def test_two_processes_equal_one_of_twice_the_batch(tmp_path, monkeypatch):
     (tmp_path / "pair.py").write_text(PAIR)
     answer = torchrun(tmp_path / "pair.py", tmp_path)
     assert answer.returncode == 0, answer.stderr
+    assert torch.load(tmp_path / "plb.pt", weights_only=True).tolist() == [0, 1.5]         # CAMAE's, the mean of both
     for method in METHODS:
         two = torch.load(tmp_path / f"{method}.pt", weights_only=True)
         share_masks(method, 0, 1, monkeypatch.setattr)
@@ -753,10 +758,11 @@ def trained(tmp_path_factory):
     """Each method's training on shapes as a real process: method → its folder, and what becomes its answer."""
     tmp = tmp_path_factory.mktemp("trained")
     command = "--tiny --data shapes --depth 2 --dim 96 --batch 64 --lr 4e-3 --knn-every 0".split()
-    epochs = {"mclim": 3, "mvmae": 3, "cmae": 6, "camae": 6}
+    own = {"mclim": "--epochs 3", "mvmae": "--epochs 3", "cmae": "--epochs 6",
+           "camae": "--epochs 3 --hidden 192 --jitter 0 --gray 0 --blur 0"}
     with ThreadPoolExecutor(1) as pool:
-        yield {method: (tmp / method, pool.submit(run, HERE / f"{method}.py", *command, "--epochs", epochs[method],
-                                                  "--out", tmp / method)) for method in METHODS}
+        yield {method: (tmp / method, pool.submit(run, HERE / f"{method}.py", *command, *own[method].split(), "--out",
+                                                  tmp / method)) for method in METHODS}
 
 
 @every_method

@@ -396,7 +396,7 @@ def test_contrastive_crop_is_a_crop_around_the_box():
 
 
 def test_boxes_are_located_image_by_image_and_crops_are_plain_before(few, tmp_path, monkeypatch):
-    seen = []                                                                              # image → its box, a crop each
+    seen = []  # for each view of a step: image → its box
     monkeypatch.setattr(cmae, "contrastive_crop", lambda images, size, scale, boxes, alpha: seen.append(
         {image.numpy().tobytes(): box.tolist() for image, box in zip(images, boxes)}) or common.resize(images, size))
     cfg = replace(SMALL["cmae"], epochs=4, warmup=0, crop_from=1, crop_every=2, k=0.5, amp=False, data="shapes",
@@ -479,8 +479,12 @@ def test_forward_is_sections_3_3_to_3_6(change):
 def test_the_momentum_encoder_is_the_average_and_slows_down(few, tmp_path, monkeypatch):
     cfg = replace(SMALL["cmae"], epochs=1, warmup=0, crop_from=0, momentum=0.9, amp=False, out=str(tmp_path / "run"))
     encoder, save = [], common.Run.save
-    monkeypatch.setattr(common.Run, "save", lambda run, step, *args, model, **parts: (
-        encoder.append(model.encoder.blocks[0].attn.qkv.weight.detach().clone()), save(run, step, *args, model, **parts)))
+
+    def save_and_keep(run, step, *args, model, **parts):
+        encoder.append(model.encoder.blocks[0].attn.qkv.weight.detach().clone())
+        save(run, step, *args, model, **parts)
+
+    monkeypatch.setattr(common.Run, "save", save_and_keep)
     cmae.train(cfg)                                                                        # two steps
     average = build(cfg).M_E.blocks[0].attn.qkv.weight
     for weight, m in zip(encoder, (0.9, 0.95)):                                            # half-way up to 1

@@ -27,8 +27,8 @@ Equations → here
     4, 5            plb_update, PLB.draw
     6               a line of CAMAE.forward
 
-Where this file departs from the paper. What that leaves open follows MoCo v3 [10] in the contrast and MAE [4] in the
-rest, as §IV-A does.
+Where this file departs from the paper. Where that is silent, the contrast follows MoCo v3 [10] and the rest MAE [4], as
+§IV-A does; exceptions are listed.
     Left open                             Here                                              Flag
     which of h's tokens is projected      the class token                                   -
     projectors                            3 layers, 4096 wide, batch norm over all          --hidden
@@ -36,6 +36,11 @@ rest, as §IV-A does.
     direction of Eq. 1                    both: x against x', x' against x; their mean      -
     augmentation "from the same family"   crops of 0.08 to 1 of the area, flips, colour     --crop-min --jitter
                                             jitter, greyscale; blur at 0.5 in both views      --gray --blur
+    z · z' in Eq. 1                       of l2-normalised vectors                          -
+    "the same as [10]"                    but for its frozen patch embedding, solarisation, --wd
+                                            unequal blur, decay 0.1, betas and factor 2τ
+    "self-distillation … follows [7]"     none: §III has no such term                       -
+    atten: whose query, of which view     the class token's, whole view 1, no gradient      -
     what is restored                      x, the first view, as it was augmented            -
     pixels as they are, or normalised     as they are, for so Eq. 2 reads                   --norm-pixels
     decoder                               8 blocks, 512 wide, 16 heads                      --decoder-depth
@@ -53,11 +58,12 @@ rest, as §IV-A does.
     Eq. 4: L^m                            the mean over an epoch; a head not drawn in it    -
                                             keeps its last. λ weighs the new estimate
     Eq. 6: Σ_m                            the one head drawn in the step (Eq. 5)            -
-    Tables III to V: "CMAE"               CAMAE is meant                                    -
+    Tables III to V: "CMAE"               CAMAE is meant; "CMAE [6]" is Huang et al.'s      -
 
     torchrun --nproc-per-node 8 camae.py --data PATH         the paper's experiment, on ImageNet
     python camae.py --mask-by random                         a row of Table II; idm and plb are the others
-    python camae.py --no-contrast --mask-by random           Table I's MAE; with --mask-by idm its end-to-end IDM
+    python camae.py --no-contrast --mask-by random           MAE on this file's views; MAE's own: add
+                                                             --crop-min 0.2 --jitter 0 --gray 0 --blur 0
     python camae.py --tiny --data shapes                     a first look on a laptop
     python eval_linear.py runs/camae-DATE-TIME               kNN and linear probe of what came out
     python show.py runs/camae-DATE-TIME                      attention maps and their masks: Figures 2 and 3
@@ -87,7 +93,7 @@ class Config:
     # method
     mask: float = 0.75  # share of the patches that is masked, §III-C
     mask_by: Literal["random", "idm", "plb"] = "plb"  # Table II: at random, by a head drawn evenly, or drawn by Eq. 4
-    contrast: bool = True  # L_c, Eq. 1; without it Table I's MAE rows
+    contrast: bool = True  # L_c, Eq. 1; without it MAE, as in Table I, on this file's views
     tau: float = 0.2  # τ, temperature, §IV-A
     lam: float = 0.99  # λ, weight of the new estimate of p, Eq. 4
     eps: float = 0.2  # ε, temperature of the heads' losses, Eq. 4
@@ -527,7 +533,7 @@ def train(cfg):
         run.log(step, losses, optimizer.param_groups[0]["lr"])
         if step % len(batches) == 0 and cfg.mask_by != "random":
             p = plb.p.tolist()                                                              # this epoch's
-            plb.end_epoch(cfg.lam if cfg.mask_by == "plb" else 0.0, cfg.eps)                # Eq. 4
+            plb.end_epoch(cfg.lam if cfg.mask_by == "plb" else 0.0, cfg.eps)                # Eq. 4; λ = 0 keeps p even
             if here.rank == 0:
                 epoch = {"step": step, "epoch": step // len(batches)}
                 run.write({**epoch, **dict(zip(run.columns, plb.losses.tolist() + p))})

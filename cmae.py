@@ -414,7 +414,7 @@ class CMAE(nn.Module):
         order_q, order_k = visible_first(mask_q), visible_first(mask_k)                     # (B, N)
         visible = order_q[:, :V]                                                            # (B, V)
         q1 = self.encoder(x_q, visible)                                                     # §3.3 (B, 1 + V, D)
-        with torch.no_grad():  # after q1: autocast would use weights that it cast without gradient again
+        with torch.no_grad():                                                               # detach, and M_E
             q2 = self.encoder(x_q, order_q[:, V:])                                          # (B, 1 + N - V, D)
             k1, k2 = self.M_E(x_k, order_k[:, :V]), self.M_E(x_k, order_k[:, V:])
         h1 = restore(torch.cat([q1[:, 1:], q2[:, 1:]], 1), order_q)                         # Eq. 2 (B, N, D)

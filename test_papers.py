@@ -626,6 +626,14 @@ def test_camaes_momentum_networks_are_averages(few, tmp_path):
 @pytest.mark.parametrize("mask_by", ["idm", "plb"])
 def test_probabilities_and_losses_of_heads_are_logged_each_epoch(few, tmp_path, mask_by, monkeypatch):
     note, seen = camae.PLB.note, []
+    forward, told = camae.CAMAE.forward, []
+
+    def forward_and_tell(model, view1, view2, m=None):
+        losses = forward(model, view1, view2, m)
+        told.append((m.item(), losses["reconstruction"].item()))
+        return losses
+
+    monkeypatch.setattr(camae.CAMAE, "forward", forward_and_tell)
     monkeypatch.setattr(camae.PLB, "note", lambda plb, m, loss: seen.append(m.item()) or note(plb, m, loss))
     out = camae.train(replace(SMALL["camae"], epochs=3, warmup=0, mask_by=mask_by, amp=False, log_every=1,
                               data="shapes", out=str(tmp_path / "run")))
@@ -635,6 +643,11 @@ def test_probabilities_and_losses_of_heads_are_logged_each_epoch(few, tmp_path, 
     assert torch.allclose(p[0], torch.full((3,), 1 / 3))
     plb = common.load_checkpoint(out)["plb"]
     losses = torch.tensor([[float(row[f"loss of head {m}"]) for m in (1, 2, 3)] for row in rows])
+    assert [m for m, _ in told] == seen
+    for epoch in range(3):
+        for m in set(seen[2 * epoch:][:2]):
+            mine = [loss for head, loss in told[2 * epoch:][:2] if head == m]
+            assert losses[epoch, m].item() == pytest.approx(sum(mine) / len(mine), rel=1e-5)
     if mask_by == "idm":
         assert torch.allclose(p, torch.full((3, 3), 1 / 3)) and torch.allclose(plb["p"], p[0])
         assert seen == torch.cat([camae.PLB(3).draw(2, 0, epoch) for epoch in range(3)]).tolist()

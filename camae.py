@@ -329,8 +329,8 @@ class Encoder(nn.Module):
 
     def embed(self, x, visible=None):
         """(B, 3, H, W), and which patches are visible (B, V) if not all → the last block's input (B, 1 + V, D)."""
-        x = self.patch_embed(x).flatten(2).mT + self.pos_embed[:, 1:]                       # (B, N, D)  + x_pos
-        x = x if visible is None else take(x, visible)                                      # (B, V, D)  x^v
+        x = self.patch_embed(x).flatten(2).mT + self.pos_embed[:, 1:]                       # (B, N, D)
+        x = x if visible is None else take(x, visible)                                      # (B, V, D)
         x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)            # (B, 1 + V, D)
         for block in self.blocks[:-1]:
             x = block(x)

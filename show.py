@@ -5,8 +5,8 @@
 
 Rows: the images, masked, and restored; where the last block's attention goes (from the class token, or from the mean
 query where there is none), mean over its heads, over the image and alone, and each head alone. Each map is stretched:
-black is its least, light yellow its most. Then what only the run's method has: CMAE's boxes and crops, CAMAE's masks.
-Writes show.png beside the checkpoint.
+black is its least, light yellow its most. Then what only the run's method has: CMAE's boxes and crops, MACRL's
+branches, CAMAE's masks. Writes show.png beside the checkpoint.
 """
 import argparse, pathlib, sys
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.utils import draw_bounding_boxes
 
-from common import (Parser, UserError, autocast, check, denormalize, draw_images, load_images, normalize, resize,
+from common import (Parser, UserError, check, denormalize, draw_images, load_images, normalize, resize,
                     start_processes)
 from eval_linear import load_model
 from images import read_image, square
@@ -67,7 +67,20 @@ def idm_panel(model, x):
     return rows
 
 
-PANELS = {"every method": [reconstruction_panel, attention_panel], "cmae": [crop_panel], "camae": [idm_panel]}
+def branch_panel(model, x):
+    """MACRL's branches on crops of the images: what goes in, what of it is seen, what is restored, and the target."""
+    macrl, rows = sys.modules[type(model).__module__], {}
+    clean = macrl.clean_views(denormalize(x), model.cfg)
+    for branch, target, view in zip("sw", clean, macrl.corrupt(clean, model.cfg)):
+        masked, prediction = model.reconstruct(view, branch)
+        target = normalize(target) if model.cfg.restore == "clean" else view
+        rows |= {f"branch {branch}:\nview": view, f"{branch}: masked": masked, f"{branch}: restored": prediction,
+                 f"{branch}: target": target}
+    return rows
+
+
+PANELS = {"every method": [reconstruction_panel, attention_panel], "cmae": [crop_panel], "macrl": [branch_panel],
+          "camae": [idm_panel]}
 
 
 def heat_map(values, size):
@@ -106,7 +119,7 @@ def show(args):
     model.to(here.device).eval()
     torch.manual_seed(args.seed)
     rows = {}
-    with torch.no_grad(), autocast(here.device, cfg.amp):
+    with torch.no_grad():
         for panel in PANELS["every method"] + PANELS.get(type(model).__module__, []):
             rows.update(panel(model, x))
     draw_images(file, rows)

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-import camae, cmae, common, mclim, mvmae
+import camae, cmae, common, images, macrl, mclim, mvmae
 from test_smoke import HERE, SMALL, build, few, normal  # few is a fixture
 
 BACKBONES = [SMALL["mclim"], replace(SMALL["mclim"], backbone="swin", dim=192),
@@ -67,6 +68,17 @@ def test_one_sided_info_nce_is_cmaes_equation_3_and_camaes_1(module):
     assert module.info_nce_loss(3 * q, 2 * k, 0.2).item() == pytest.approx(sum(terms) / 5, rel=1e-5)
 
 
+@pytest.mark.parametrize("M", [0, 4])
+def test_info_nce_of_macrl_has_the_batch_and_the_bank_as_negatives(M):
+    q, k, bank = (z / z.norm(dim=1, keepdim=True) for z in (normal(5, 7), normal(5, 7, seed=1), normal(M, 7, seed=2)))
+    terms = []
+    for i in range(5):
+        positive = math.exp(torch.dot(q[i], k[i]) / 0.2)
+        others = [k[j] for j in range(5) if j != i] + list(bank)
+        terms.append(-math.log(positive / (positive + sum(math.exp(torch.dot(q[i], n) / 0.2) for n in others))))
+    assert macrl.info_nce_loss(3 * q, 2 * k, 5 * bank, 0.2).item() == pytest.approx(sum(terms) / 5, rel=1e-5)
+
+
 def test_location_loss_is_equation_5():
     p, positions = normal(2, 3, 9), torch.tensor([[0, 4, 8], [1, 2, 7]])
     norms = [math.sqrt(sum((p[b, v, n].item() - (n == positions[b, v].item())) ** 2 for n in range(9)))
@@ -75,7 +87,7 @@ def test_location_loss_is_equation_5():
 
 
 @pytest.mark.parametrize("loss", [mclim.dcl_loss, mclim.info_nce_loss, mvmae.nt_xent_loss, cmae.info_nce_loss,
-                                  camae.info_nce_loss],
+                                  camae.info_nce_loss, lambda q, k, tau: macrl.info_nce_loss(q, k, q.flip(1), tau)],
                          ids=lambda f: f"{f.__module__}.{f.__name__}")
 def test_contrastive_losses_stay_in_float32_under_autocast(loss):
     z1, z2 = normal(8, 16), normal(8, 16, seed=1)
@@ -100,6 +112,14 @@ def test_unmasked_targets_do_not_matter_to_the_prediction_loss():
     before = mclim.reconstruction_loss(pred, target, mask)
     assert torch.equal(before, mclim.reconstruction_loss(pred, target + 9 * ~mask[:, :, None], mask))
     assert not torch.equal(before, mclim.reconstruction_loss(pred, target + 9 * mask[:, :, None], mask))
+
+
+def test_reconstruction_loss_of_macrl_is_the_mean_absolute_error():
+    pred, target, mask = normal(3, 4, 5), normal(3, 4, 5, seed=1), torch.tensor([[1, 0, 0, 1], [0, 0, 1, 0], [1] * 4])
+    errors = [abs((pred[b, n, p] - target[b, n, p]).item()) for b in range(3) for n in range(4) for p in range(5)
+              if mask[b, n]]
+    assert macrl.reconstruction_loss(pred, target, mask.bool()).item() == pytest.approx(sum(errors) / len(errors))
+    assert macrl.reconstruction_loss(pred, target, torch.zeros(3, 4)).item() == 0
 
 
 # MCLim
@@ -335,16 +355,19 @@ def test_attention_is_the_class_tokens():
         assert torch.allclose(encoder.attention(x)[:, head], full[:, 0, 1:], atol=1e-6)
 
 
-@pytest.mark.parametrize("module", [mvmae, cmae, camae])
+PLAIN = {camae: {"jitter": 0.0, "gray": 0.0, "blur": 0.0}, macrl: {"jitter_s": 0.0, "gray_s": 0.0}}
+
+
+@pytest.mark.parametrize("module", [mvmae, cmae, macrl, camae])
 def test_views_are_flipped_and_of_many_sizes(module):
-    cfg, x = SMALL[module.__name__], (255 * torch.rand(64, 3, 16, 16)).byte()
-    cfg = replace(cfg, jitter=0.0, gray=0.0, blur=0.0) if module is camae else cfg
-    view1, _ = module.views(x, replace(cfg, crop_min=1.0))  # nearly whole images: flips are plain to see
+    cfg, x = replace(SMALL[module.__name__], **PLAIN.get(module, {})), (255 * torch.rand(64, 3, 16, 16)).byte()
+    least = "crop_min_s" if module is macrl else "crop_min"
+    view1, _ = module.views(x, replace(cfg, **{least: 1.0}))  # nearly whole images: flips are plain to see
     whole = common.normalize(common.resize(x, 16))
     flipped = (view1 - whole.flip(3)).square().mean((1, 2, 3)) < (view1 - whole).square().mean((1, 2, 3))
     assert 16 < flipped.sum() < 48
     small = [(view - view.mean((2, 3), keepdim=True)).square().mean() for view in  # crops of less area are smoother
-             (module.views(x, replace(cfg, crop_min=c))[0] for c in (0.2, 1.0))]
+             (module.views(x, replace(cfg, **{least: c}))[0] for c in (0.2, 1.0))]
     assert small[0] < small[1]
 
 
@@ -476,22 +499,30 @@ def test_forward_is_sections_3_3_to_3_6(change):
         assert losses[name].item() == pytest.approx(value.item(), rel=1e-5), name
 
 
-def test_the_momentum_encoder_is_the_average_and_slows_down(few, tmp_path, monkeypatch):
-    cfg = replace(SMALL["cmae"], epochs=1, warmup=0, crop_from=0, momentum=0.9, amp=False, out=str(tmp_path / "run"))
-    encoder, save = [], common.Run.save
+MOMENTUM = {"cmae": ("M_E", "M_P", "P"), "camae": ("f_xi", "g_xi", "g_theta"), "macrl": ("f_xi", "g_xi", "g")}
+
+
+@pytest.mark.parametrize("module", [cmae, macrl, camae])
+def test_the_momentum_networks_are_averages_and_slow_down(few, tmp_path, module, monkeypatch):
+    method = module.__name__
+    cfg = replace(SMALL[method], epochs=1, warmup=0, momentum=0.9, amp=False, out=str(tmp_path / "run"))
+    f_xi, g_xi, g = MOMENTUM[method]
+    pairs = {f"{f_xi}.blocks.0.attn.qkv.weight": "encoder.blocks.0.attn.qkv.weight",
+             f"{g_xi}.fc2.weight": f"{g}.fc2.weight"}
+    states, save = [], common.Run.save
 
     def save_and_keep(run, step, *args, model, **parts):
-        encoder.append(model.encoder.blocks[0].attn.qkv.weight.detach().clone())
+        states.append({name: value.clone() for name, value in model.state_dict().items()})
         save(run, step, *args, model, **parts)
 
     monkeypatch.setattr(common.Run, "save", save_and_keep)
-    cmae.train(cfg)                                                                        # two steps
-    average = build(cfg).M_E.blocks[0].attn.qkv.weight
-    for weight, m in zip(encoder, (0.9, 0.95)):                                            # half-way up to 1
-        average = m * average + (1 - m) * weight
-    end = common.load_checkpoint(tmp_path / "run")["model"]
-    assert torch.allclose(end["M_E.blocks.0.attn.qkv.weight"], average, atol=1e-7)
-    assert not torch.equal(end["M_P.fc2.weight"], build(cfg).M_P.fc2.weight)
+    module.train(cfg)                                                                      # two steps
+    for average, one in pairs.items():
+        expected = build(cfg).state_dict()[average]
+        for state, m in zip(states, (0.9, 0.95)):                                          # half-way up to 1
+            expected = m * expected + (1 - m) * state[one]
+            assert torch.allclose(state[average], expected, atol=1e-7)
+            assert not torch.equal(state[average], state[one])
 
 
 @pytest.mark.parametrize("decoder", ["transformer", "mlp", "conv", "hybrid-mlp", "hybrid-conv"])
@@ -613,16 +644,6 @@ def test_forward_is_section_iii(change):
     assert torch.allclose(model.encoder.features(view1), model.encoder(view1)[:, 0])
 
 
-def test_camaes_momentum_networks_are_averages(few, tmp_path):
-    cfg = replace(SMALL["camae"], batch=32, epochs=1, warmup=0, momentum=0.9, amp=False, out=str(tmp_path / "run"))
-    camae.train(cfg)                                                                       # one step
-    start, end = build(cfg).state_dict(), common.load_checkpoint(tmp_path / "run")["model"]
-    for average, one in (("f_xi.blocks.0.attn.qkv.weight", "encoder.blocks.0.attn.qkv.weight"),
-                         ("g_xi.fc2.weight", "g_theta.fc2.weight")):
-        assert not torch.equal(end[one], start[one])
-        assert torch.allclose(end[average], 0.9 * start[average] + 0.1 * end[one], atol=1e-7)
-
-
 @pytest.mark.parametrize("mask_by", ["idm", "plb"])
 def test_probabilities_and_losses_of_heads_are_logged_each_epoch(few, tmp_path, mask_by, monkeypatch):
     note, seen = camae.PLB.note, []
@@ -657,3 +678,116 @@ def test_probabilities_and_losses_of_heads_are_logged_each_epoch(few, tmp_path, 
         for before, after, L in zip(p, [*p[1:], plb["p"]], filled):
             assert torch.allclose(after, camae.plb_update(before, L, 0.99, 0.2), atol=1e-6)
     assert Image.open(out / "curves.png").size[0] == 320 * 7                               # two of them for the heads
+
+
+# MACRL
+
+def test_bank_is_first_in_first_out_and_wraps_around():
+    def holds(keys):
+        """Whether the bank holds these, in any order."""
+        return torch.allclose(*(torch.tensor(sorted(x.tolist())) for x in (bank.keys, keys)), atol=1e-6)
+
+    bank, rows = macrl.Bank(5, 3), F.normalize(normal(14, 3), dim=1)
+    start = bank.keys.clone()
+    assert torch.allclose(start.norm(dim=1), torch.ones(5)) and len(start.unique(dim=0)) == 5
+    for seen, n in ((2, 2), (4, 2), (7, 3)):
+        bank.push(3 * rows[seen - n:seen])  # of any length: unit vectors are kept
+        assert holds(torch.cat([rows[max(0, seen - 5):seen], start[seen:]]))
+    assert torch.allclose(bank.keys[2:4], rows[2:4]) and torch.allclose(bank.keys[:2], rows[5:7])
+    bank.push(rows[7:14])  # more than it holds: the last five
+    assert holds(rows[9:14])
+    bank.push(rows[:1])
+    assert holds(torch.cat([rows[10:14], rows[:1]]))
+    macrl.Bank(0, 3).push(rows)
+
+
+@pytest.mark.parametrize("change", [{}, {"keys": "shared"}, {"pool": "cls"}, {"pixels": "all"}, {"norm_pixels": True},
+                                    {"lam_c": 0.5, "lam_r": 2.0}])
+def test_forward_of_macrl(change):
+    cfg = replace(SMALL["macrl"], bank=20, **change)
+    model, (view1, view2, target1, target2) = build(cfg), [normal(6, 3, 16, 16, seed=i) for i in range(4)]
+    f, g = (model.f_xi, model.g_xi) if cfg.keys == "momentum" else (model.encoder, model.g)
+    if cfg.keys == "momentum":
+        with torch.no_grad():
+            f.norm.weight.add_(0.1)  # so that the networks differ
+            g.fc2.weight.add_(0.1)
+    bank = model.bank.keys.clone()
+    torch.manual_seed(5)
+    losses = model(view1, view2, target1, target2)
+    torch.manual_seed(5)
+    L1, vectors = [], []
+    for view, target, ratio, decoder in ((view1, target1, 0.75, model.decoder_s),
+                                         (view2, target2, 0.5, model.decoder_w)):
+        mask = macrl.random_mask(6, 4, ratio).flatten(1)
+        assert mask.sum() == 6 * 16 * ratio
+        visible = torch.stack([(~row).nonzero().flatten() for row in mask])
+        patches = macrl.patchify(target, 4)
+        patches = macrl.normalize_patches(patches) if cfg.norm_pixels else patches
+        error = (decoder(model.encoder(view, visible), visible) - patches).abs()
+        L1.append(error.mean().item() if cfg.pixels == "all" else error[mask].mean().item())
+        tokens = (f if view is view2 else model.encoder)(view, visible)
+        vectors.append(tokens[:, 0] if cfg.pool == "cls" else tokens[:, 1:].mean(1))
+    k = g(vectors[1])
+    L_c = macrl.info_nce_loss(model.g(vectors[0]), k, bank, cfg.tau).item()
+    assert losses["contrast"].item() == pytest.approx(L_c, rel=1e-5)
+    assert [losses[f"reconstruction {branch}"].item() for branch in "sw"] == pytest.approx(L1, rel=1e-5)
+    assert losses["reconstruction"].item() == pytest.approx(sum(L1) / 2, rel=1e-5)
+    assert losses["loss"].item() == pytest.approx(cfg.lam_c * L_c + cfg.lam_r * sum(L1) / 2, rel=1e-5)
+    assert torch.allclose(model.bank.keys[:6], F.normalize(k, dim=1), atol=1e-6)
+    assert torch.equal(model.bank.keys[6:], bank[6:])
+
+
+def test_a_view_is_its_own_target_unless_another_is_given():
+    model, view1, view2 = build(SMALL["macrl"]), normal(6, 3, 16, 16), normal(6, 3, 16, 16, seed=1)
+    given = []
+    for targets in ((), (view1, view2), (view2, view1)):
+        torch.manual_seed(5)
+        given.append(model(view1, view2, *targets)["reconstruction"])
+    assert torch.equal(given[0], given[1]) and not torch.equal(given[0], given[2])
+
+
+def test_each_decoder_learns_from_its_own_branch():
+    model = build(SMALL["macrl"])
+    losses = model(normal(6, 3, 16, 16), normal(6, 3, 16, 16, seed=1))
+    for branch, own, other in (("s", model.decoder_s, model.decoder_w), ("w", model.decoder_w, model.decoder_s)):
+        model.zero_grad()
+        losses[f"reconstruction {branch}"].backward(retain_graph=True)
+        assert all(p.grad.abs().sum() > 0 for p in own.parameters()) and all(p.grad is None for p in other.parameters())
+        assert model.encoder.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("keys", ["momentum", "shared"])
+def test_contrast_reaches_the_encoder_through_keys_only_if_they_are_shared(keys):
+    model = build(replace(SMALL["macrl"], keys=keys))
+    view1, view2 = normal(6, 3, 16, 16), normal(6, 3, 16, 16, seed=1).requires_grad_()
+    model(view1, view2)["contrast"].backward()
+    assert (view2.grad is not None and view2.grad.abs().sum() > 0) == (keys == "shared")
+
+
+def test_branch_s_is_corrupted_more_and_the_targets_are_not():
+    torch.manual_seed(0)
+    x, cfg = (255 * torch.rand(400, 3, 16, 16)).byte(), SMALL["macrl"]
+    clean = macrl.clean_views(x, cfg)
+    changed = [((view - common.normalize(crop)).abs().amax((1, 2, 3)) > 1e-4).double().mean().item()
+               for view, crop in zip(macrl.corrupt(clean, cfg), clean)]
+    assert changed == pytest.approx([1 - 0.2 * 0.8, 0.4], abs=0.08)                        # jitter or grey; jitter
+    grey = macrl.corrupt(clean, replace(cfg, jitter_s=0.0, gray_s=1.0, jitter_w=0.0, blur_w=1.0))
+    assert torch.allclose(grey[0], common.normalize(images.grayscale(clean[0]).expand(-1, 3, -1, -1)), atol=1e-5)
+    assert ((grey[1] - common.normalize(clean[1])).abs().amax((1, 2, 3)) > 1e-4).double().mean() > 0.9
+    smooth = [crop.diff(dim=3).square().mean() for crop in clean]  # of a smaller part of the image
+    assert smooth[0] < smooth[1]
+
+
+@pytest.mark.parametrize("restore", ["clean", "view"])
+def test_training_restores_the_crop_before_its_colours_were_changed(few, tmp_path, restore, monkeypatch):
+    forward, given = macrl.MACRL.forward, []
+    monkeypatch.setattr(macrl.MACRL, "forward", lambda *args: given.append(args[1:]) or forward(*args))
+    macrl.train(replace(SMALL["macrl"], epochs=1, warmup=0, jitter_s=0.0, jitter_w=0.0, gray_s=1.0, restore=restore,
+                        out=str(tmp_path / "run")))
+    for view1, view2, *targets in given:
+        assert len(targets) == (2 if restore == "clean" else 0)
+        if targets:
+            target1, target2 = targets
+            grey = images.grayscale(common.denormalize(target1)).expand(-1, 3, -1, -1)
+            assert torch.allclose(common.denormalize(view1), grey, atol=1e-5) and torch.equal(view2, target2)
+            assert not torch.allclose(view1, target1)

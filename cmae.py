@@ -274,7 +274,7 @@ def gather(z):
 def random_mask(B, blocks, ratio, device=None):
     """Which of blocks×blocks are masked: bool (B, blocks, blocks), as many in each image, uniform over places."""
     order = torch.rand(B, blocks * blocks, device=device).argsort(1)                        # a permutation of each row
-    return (order < round(ratio * blocks * blocks)).unflatten(1, (blocks, blocks))
+    return (order < round(ratio * blocks ** 2)).unflatten(1, (blocks, blocks))
 
 
 def visible_first(mask):

@@ -1,11 +1,10 @@
-"""What no paper is about: command line, processes, schedule, kNN, checkpoints, log, pictures.
+"""What no paper is about: command line, processes, schedule, kNN, checkpoints, log.
 
-The other half, data sets and augmentation, stands in images.py; a method file takes both from here.
+Data sets and augmentation stand in images.py, pictures in pictures.py; a method file takes all from here.
 """
 import argparse, csv, dataclasses, datetime, errno, gc, inspect, json, math, os, pathlib, re, shlex, shutil, signal
 import subprocess, sys, time, typing
 
-import matplotlib
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -14,11 +13,9 @@ import torchvision
 from images import (Batches, UserError, adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, check,
                     class_names, color_jitter, crop_boxes, crop_resize, denormalize, gaussian_blur, load_images,
                     normalize, random_grayscale, random_hflip, random_resized_crop, resize)
+from pictures import draw_curves, draw_images
 
-matplotlib.use("Agg")  # draws to files, on machines without a screen too
-import matplotlib.pyplot as plt
-
-RESUMABLE = {"resume", "tiny", "root", "device", "compile", "workers", "knn_every", "log_every"}  # may change then
+RESUMABLE = {"resume", "tiny", "root", "device", "compile", "workers", "knn_every", "log_every", "test_every"}  # may change
 
 
 # Command line
@@ -69,9 +66,15 @@ def read_facts(run, method, Config):
 
 
 def launch(method, Config, TINY, train, argv=None):
-    """Runs a method's command line. Returns the exit status: 2, the user can mend it; 1, the loss blew up; 130, ^C."""
+    """Runs a method's command line. Returns the exit status of `answer`."""
+    return answer(f"{method}.py", lambda: train(command_line(method, Config, TINY, argv)))
+
+
+def answer(program, job):
+    """Runs job(). Returns the exit status: 2, one line on standard error says what the user can mend; 1, the loss blew
+    up; 130, ^C."""
     try:
-        train(command_line(method, Config, TINY, argv))
+        job()
         return 0
     except UserError as error:
         line, status = str(error), 2
@@ -79,29 +82,39 @@ def launch(method, Config, TINY, train, argv=None):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         line, status = f"{error}{'; the last checkpoint is still good' if full else ''}", 2
     except torch.OutOfMemoryError:
-        line, status = "out of GPU memory: lower --batch, or --img, --dim or --depth", 2
+        line, status = "out of GPU memory: lower --batch, or --img, --dim or --depth, or take --device cpu", 2
     except FloatingPointError as error:
         line, status = str(error), 1
     except KeyboardInterrupt:
-        line, status = "stopped before the first step", 130
+        line, status = "stopped before anything was saved", 130
     finally:
         if dist.is_initialized():
             gc.collect()  # the model goes first: its averaging still holds the group
             dist.destroy_process_group()
-    print(f"{method}.py: {line}", file=sys.stderr)
+    print(f"{program}: {line}", file=sys.stderr)
     return status
+
+
+def check_least(cfg, least, names):
+    """Raises UserError where one of the fields `names` is below `least`, or not finite."""
+    for name in names.split():
+        check(least <= getattr(cfg, name) < math.inf, "--" + name.replace("_", "-"), getattr(cfg, name),
+              f"must be at least {least}")
+
+
+def check_training(cfg):
+    """Raises UserError where a field that every training has is out of range."""
+    check_least(cfg, 1, "epochs batch log_every")
+    check_least(cfg, 0, "wd warmup workers knn_every seed")
+    check(cfg.warmup < cfg.epochs, "--warmup", cfg.warmup, f"must be below --epochs {cfg.epochs}")
+    check(cfg.seed < 2 ** 32, "--seed", cfg.seed, "must be below 2^32")
+    check(0 < cfg.lr < math.inf, "--lr", cfg.lr, "must be above 0 (the rate for a batch of 256)")
 
 
 def check_config(cfg):
     """Raises UserError where a field that every method has is out of range."""
-    counts, rest = "epochs batch img patch dim depth heads log_every", "wd warmup workers knn_every seed"
-    for least, names in ((1, counts), (0, rest)):
-        for name in names.split():
-            check(least <= getattr(cfg, name) < math.inf, "--" + name.replace("_", "-"), getattr(cfg, name),
-                  f"must be at least {least}")
-    check(cfg.warmup < cfg.epochs, "--warmup", cfg.warmup, f"must be below --epochs {cfg.epochs}")
-    check(cfg.seed < 2 ** 32, "--seed", cfg.seed, "must be below 2^32")
-    check(0 < cfg.lr < math.inf, "--lr", cfg.lr, "must be above 0 (the rate for a batch of 256)")
+    check_training(cfg)
+    check_least(cfg, 1, "img patch dim depth heads")
     check(cfg.img % cfg.patch == 0, "--patch", cfg.patch, f"must divide --img {cfg.img}")
     check(cfg.dim % (4 * cfg.heads) == 0, "--dim", cfg.dim, f"must be a multiple of 4 times --heads {cfg.heads}")
 
@@ -326,7 +339,8 @@ class Run:
         """At the end of an epoch or after a signal: encoder.pt, kNN check and pictures if due, then the checkpoint.
 
         train, test: (images, labels) of load_images; parts: what else the checkpoint holds. Pictures are drawn at most
-        once a minute, and at the end. Raises FloatingPointError if a weight is not finite.
+        once a minute, and at the end; of curves alone if test is None. Raises FloatingPointError if a weight is not
+        finite.
         """
         epoch, rest = divmod(step, self.per_epoch)
         if rest and not self.leaving:
@@ -340,61 +354,30 @@ class Run:
                 self.write({"step": step, "epoch": epoch, "knn": knn})
                 print(f"{chr(10) * sys.stdout.isatty()}kNN top-1 after epoch {epoch}: {100 * knn:.1f} %", flush=True)
             if self.leaving or epoch == self.cfg.epochs or time.time() - self.drawn > 60:
-                eight = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(0))[:8]
-                images = normalize(resize(test[0][eight].to(self.here.device), self.cfg.img))
-                masked, prediction = model.reconstruct(images)
-                draw_images(self.folder / "reconstruction.png",
-                            {"original": images, "masked": masked, model.restored: prediction})
+                if test is not None:
+                    eight = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(0))[:8]
+                    images = normalize(resize(test[0][eight].to(self.here.device), self.cfg.img))
+                    masked, prediction = model.reconstruct(images)
+                    draw_images(self.folder / "reconstruction.png",
+                                {"original": images, "masked": masked, model.restored: prediction})
                 draw_curves(self.folder / "curves.png", self.rows)
                 self.drawn = time.time()
             save_checkpoint(self.folder / "last.pt", self.method, self.cfg, step, model=model, **parts)
         self.stopped, self.clock = self.leaving, time.time()
 
-    def finish(self):
-        """Says where everything is and what to type next; returns the folder, or exits with 128 + the signal."""
+    def finish(self, following="eval_linear.py"):
+        """Says where everything is and which program is next; returns the folder, or exits with 128 + the signal."""
         for sign, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
             signal.signal(sign, usual)
         if self.here.rank == 0:
             seconds, cuda = round(time.time() - self.began), self.here.device.type == "cuda"
             peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory" if cuda else ""
-            following = f"{self.method}.py --resume" if self.stopped else "eval_linear.py"
+            following = f"{self.method}.py --resume" if self.stopped else following
             python = min(sys.executable, os.path.relpath(sys.executable), key=len)
             print(f"{chr(10) * sys.stdout.isatty()}{'stopped' if self.stopped else 'done'} after "
-                  f"{datetime.timedelta(seconds=seconds)}{peak}; pictures, metrics, checkpoints: {self.folder}\n"
-                  f"next: {python} {following} {shlex.quote(str(self.folder))}")
+                  f"{datetime.timedelta(seconds=seconds)}{peak}; pictures, metrics, checkpoints: {self.folder}")
+            if following:
+                print(f"next: {python} {following} {shlex.quote(str(self.folder))}")
         if self.stopped:
             raise SystemExit(128 + self.signal)
         return self.folder
-
-
-def draw_curves(file, rows):
-    """One panel for each column of metrics.csv, over epochs; columns that differ in a last number share one."""
-    panels = {}
-    for name in list(rows[0])[2:]:
-        points = [(float(row["epoch"]), float(row[name])) for row in rows if row.get(name, "") != ""]
-        if points:
-            panels.setdefault(name.rstrip(" 0123456789"), {})[name] = points
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 2.8), layout="constrained")
-    for axis, (title, lines) in zip(axes, panels.items()):
-        for name, points in lines.items():
-            axis.plot(*zip(*points), marker="." if len(points) < 20 else None, label=name)
-        if len(lines) > 1:
-            axis.legend(fontsize="xx-small", ncols=2)
-        axis.set(title={"knn": "kNN top-1", "lr": "learning rate"}.get(title, title.replace("_", " ")), xlabel="epoch")
-        axis.grid(alpha=0.3)
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
-
-
-def draw_images(file, pictures):
-    """One labelled row for each entry of `pictures`: label → normalised images (n, 3, H, W)."""
-    n = max(map(len, pictures.values()))
-    figure, axes = plt.subplots(len(pictures), n, figsize=(1.3 * n + 1.2, 1.35 * len(pictures)), squeeze=False,
-                                layout="constrained")
-    for row, (label, images) in zip(axes, pictures.items()):
-        row[0].set_ylabel(label, rotation=0, ha="right", va="center")
-        for axis, image in zip(row, denormalize(images.float().cpu())):
-            axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-        plt.setp(row, xticks=[], yticks=[])
-    figure.savefig(file, dpi=100)
-    plt.close(figure)

@@ -12,13 +12,13 @@ checkpoint.
 """
 import argparse, importlib, json, pathlib, sys, time
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (Parser, UserError, check, class_names, cosine_lr, extract_features, knn_votes, load_checkpoint,
-                    load_images, resize, start_processes)
+from common import (Parser, UserError, answer, check, class_names, cosine_lr, extract_features, knn_votes,
+                    load_checkpoint, load_images, resize, start_processes)
+from pictures import draw_confusion
 
 RECIPE = {"optimizer": "AdamW", "lr": 2e-3, "weight_decay": 1e-4, "batch": 256, "epochs": 100, "schedule": "cosine",
           "kNN": "k 20, cosine, temperature 0.07"}
@@ -35,6 +35,7 @@ def load_model(file, trained=True):
     method = state["method"]
     check(pathlib.Path(__file__).with_name(f"{method}.py").exists(), "checkpoint", file, f"is of an unknown {method}")
     module = importlib.import_module(method)
+    check(hasattr(module, "Encoder"), "checkpoint", file, f"is of {method}.py, not of a pre-training")
     try:
         cfg = module.Config(**state["config"])
     except TypeError as error:
@@ -73,24 +74,6 @@ def top(scores, labels, k):
     best, classes = scores.topk(min(k, scores.shape[1]))
     hit = ((classes == labels[:, None]) & (best > -torch.inf)).any(1)
     return round(100 * hit.double().mean().item(), 2)
-
-
-def draw_confusion(file, truth, guess, names):
-    """The confusion matrix in percent of each true class, rows sum to 100; numbers and names up to 20 classes."""
-    n = len(names)
-    counts = torch.bincount(truth * n + guess, minlength=n * n).reshape(n, n).double()
-    share = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
-    figure, axis = plt.subplots(figsize=(8, 7), layout="constrained")
-    figure.colorbar(axis.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100), label="% of the true class")
-    axis.set(xlabel="predicted by the linear probe", ylabel="true class")
-    if n <= 20:
-        axis.set_xticks(range(n), names, rotation=45, ha="right")
-        axis.set_yticks(range(n), names)
-        for i, row in enumerate(share.tolist()):
-            for j, value in enumerate(row):
-                axis.text(j, i, f"{value:.0f}", ha="center", va="center", color="white" if value > 50 else "black")
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
 
 
 def evaluate(args):
@@ -137,13 +120,13 @@ def evaluate(args):
     report = {"checkpoint": str(args.run), "data": data, "recipe": RECIPE, "percent": rows,
               "seconds": round(time.time() - began, 1)}
     (folder / f"eval_linear{suffix}.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw_confusion(folder / f"confusion{suffix}.png", truth.cpu(), guess, names)
+    draw_confusion(folder / f"confusion{suffix}.png", truth.cpu(), guess, names, "linear probe")
     print(f"{report['seconds']} s; written: eval_linear{suffix}.json and confusion{suffix}.png in {folder}")
     return report
 
 
 def main(argv=None):
-    """The command line; returns the exit status, 2 with one line on standard error for what the user can mend."""
+    """The command line; returns the exit status of `answer`."""
     parser = Parser("eval_linear.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("run", help="the folder of a run, or one of its checkpoints")
     parser.add_argument("--data", default="", help="another data set than the run's: a name or a folder")
@@ -151,15 +134,7 @@ def main(argv=None):
     parser.add_argument("--baselines", action="store_true", help="also the untrained encoder and raw pixels")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 where it is there")
-    try:
-        evaluate(parser.parse_args(argv))
-        return 0
-    except (UserError, OSError) as error:
-        line = error
-    except torch.OutOfMemoryError:
-        line = "out of GPU memory: --device cpu will do it, slowly"
-    print(f"eval_linear.py: {line}", file=sys.stderr)
-    return 2
+    return answer("eval_linear.py", lambda: evaluate(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

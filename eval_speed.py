@@ -109,15 +109,16 @@ def main(argv=None):
     if hasattr(module, "visible_first"):
         every = torch.arange((cfg.img // cfg.patch) ** 2, device=here.device).expand(cfg.batch, -1)
         mask = module.random_mask(cfg.batch, cfg.img // cfg.patch, cfg.mask, here.device).flatten(1)
+        V, decoder = int((~mask[0]).sum()), model.decoder_s if method == "macrl" else model.decoder
 
         def one_view(visible):
             with autocast(here.device):
-                y = model.decoder(model.encoder(view1, visible), visible)
+                y = decoder(model.encoder(view1, visible), visible)
             y.float().square().mean().backward()
             optimizer.zero_grad()
 
         masked, whole = (1 / rate(lambda: one_view(visible), here.device)
-                         for visible in (module.visible_first(mask)[:, :model.V], every))
+                         for visible in (module.visible_first(mask)[:, :V], every))
         print(f"one view    mask {cfg.mask}   {masked:10.3f} s   unmasked {whole:.3f} s   ratio {masked / whole:.2f}")
     return 0
 

@@ -1,13 +1,13 @@
 """MACRL: Yuchong Yao, Nandakishor Desai and Marimuthu Palaniswami, "Masked Contrastive Representation Learning",
 arXiv 2211.06012, 2022.
 
-This file is written from the abstract alone. What the abstract says is built, and marked with its words; every number
-and many a choice beside is ours, and no reader may take it for the paper's. Those who have the paper: the table below
-says what to compare.
+This file is written from the abstract alone. What the abstract says is built, and stands below in its words; every
+number and many a choice beside is ours, and no reader may take it for the paper's. Whoever has the paper may compare it
+with the second table below.
 
 Two views of an image go through a siamese network, an encoder and a decoder in both branches. Branch s gets the higher
 mask ratio and the stronger augmentation, branch w the weaker of both. The encoder's features of the two branches are
-contrasted, and both decoders restore what their branch was not shown: the masked patches, and the colours.
+contrasted, and both decoders reconstruct, with an L1 loss.
 
 Symbols, all of them ours
     x_s, x_w        views of branch s and branch w                view1, view2 (B, 3, H, W)
@@ -16,46 +16,55 @@ Symbols, all of them ours
     g, g_ξ          projector, its momentum average               g, g_xi
     d_s, d_w        decoders                                      decoder_s, decoder_w
     z_s, z_w        the encoder's tokens of the visible patches   z_s, z_w (B, 1 + V, D), class token first
-    y_s, y_w        restored patches                              y_s, y_w (B, N, P)
-    q, k            queries from s, keys from w                   q, k (world·B, 128)
-    b               memory bank: keys of earlier steps            bank.keys (M, 128)
+    y_s, y_w        reconstructed patches                         y_s, y_w (B, N, P)
+    q, k            queries from s, keys from w                   q, k (world·B, --out-dim)
+    b               memory bank: keys of earlier steps            bank.keys (M, --out-dim)
     L_c, L_s, L_w   contrast, L1 in branch s, in branch w         L_c, L_s, L_w
     τ               temperature                                   tau
 
 The abstract's sentences → here
+    "masked image modelling (e.g., Masked AutoEncoder) and  what the abstract leaves open follows MAE and MoCo
+      contrastive learning (e.g., Momentum Contrast)"
     "asymmetric setting for the siamese network (i.e.,      MACRL, MACRL.branch
       encoder-decoder structure in both branches)"
     "one branch with higher mask ratio and stronger data    --mask, --mask-w; corrupt, clean_views
       augmentation, while the other adopts weaker data
       corruptions"
-    "a contrastive learning objective based on the learned  info_nce_loss
-      features from the encoder in both branches"
+    "a contrastive learning objective based on the learned  info_nce_loss. To the letter it is --keys shared; by
+      features from the encoder in both branches"             default branch w's keys are of the encoder's average
     "the L_1 reconstruction loss according to the           reconstruction_loss
       decoders' outputs"
     "CIFAR-10, CIFAR-100, Tiny-ImageNet, and two other      --data
       ImageNet subsets"
 
-What the abstract does not say
+What the abstract does not say. That the paper has a projector and a memory bank is known, but not how they are made.
     Left open                             Here, and ours                                    Flag
-    mask ratios                           0.75 in branch s, 0.5 in branch w                 --mask --mask-w
-    augmentations                         s: crops of 0.2 to 1 of the area, colour jitter   --crop-min-s
-                                            at 0.8, greyscale at 0.2; w: crops of 0.5 to      --crop-min-w
-                                            1, colour jitter at 0.4. Flips in both; blur,     --jitter-s …
-                                            in neither, for images are small                  --blur-w
+    mask ratios                           0.75 in branch s, 0.5 in branch w; uniform, and   --mask --mask-w
+                                            independent of each other
+    augmentations                         both: independent crops, aspect 3/4 to 4/3, and   --crop-min-s
+                                            flips. s: crops of 0.2 to 1 of the area, colour   --crop-min-w
+                                            jitter with probability 0.8, greyscale 0.2. w:    --jitter-s --jitter-w
+                                            crops of 0.5 to 1, jitter 0.4. No blur, for       --gray-s --gray-w
+                                            images are small. Stronger means more often:      --blur-s --blur-w
+                                            how much a change changes is MoCo v3's in both
     what masking does                     as in MAE: the encoder sees visible patches only  -
-    weights of the branches               one encoder serves both, each has its decoder     -
+    weights of the branches               one encoder serves both, each has its decoder.    -
+                                            A second pass of w makes the keys; decoder w
+                                            does not stand on the momentum encoder
+    class token, positions, weights       as in MAE: one class token, which the decoders    -
+                                            see too; sines and cosines; Xavier
     which features are contrasted         mean of the visible patches' tokens               --pool cls
-    the objective                         InfoNCE, with MoCo's projector (2 layers),        --tau --hidden
-                                            momentum branch for keys and memory bank          --out-dim
-                                                                                              --momentum
-    direction                             s asks, w is the key                              -
-    keys                                  from the momentum average of encoder and          --keys shared
-                                            projector, on the view and mask of w; from
-                                            the trained ones, gradient and all, with the flag
+    projector                             2 layers, GELU                                    --hidden --out-dim
+    objective                             InfoNCE of l2-normalised vectors                  --tau
+    direction                             queries are made from s alone, keys from w        -
+    keys                                  from momentum averages of encoder and projector,  --keys shared
+                                            on the view and mask of w; or from the trained    --momentum
+                                            ones, whose gradient then goes through keys
+                                            too. Averages: 0.99, rising to 1 by a cosine
     negatives                             the batch's other keys, of all processes, and a   --bank
                                             bank of the last 4096, first in, first out,
                                             random unit vectors at first; 0: the batch alone
-    what is restored                      the crop before jitter, greyscale and blur        --restore view
+    what is reconstructed                 the crop before jitter, greyscale and blur        --restore view
     over which patches                    the masked ones                                   --pixels all
     pixels as they are, or normalised     as they are; only ImageNet's mean and deviation   --norm-pixels
       patch by patch                        of each channel are taken out
@@ -63,7 +72,8 @@ What the abstract does not say
     weights of contrast and L1            1 and 1                                           --lam-c --lam-r
     encoder, decoders                     ViT-S on 32×32 pixels, patches of 4; 4 blocks,    --img --patch …
                                             192 wide, 6 heads                                 --decoder-heads
-    optimisation                          AdamW as in MAE, base rate 1e-3, 300 epochs       --lr --wd …
+    optimisation                          AdamW as in MAE, base rate 1e-3, batch 256, 300   --lr --batch …
+                                            epochs, 40 of them warm-up
 
     python macrl.py                                                         the defaults, on CIFAR-10
     python macrl.py --data cifar100                                         on CIFAR-100
@@ -73,7 +83,7 @@ What the abstract does not say
     python eval_linear.py runs/macrl-DATE-TIME                              kNN and linear probe of what came out
     python show.py runs/macrl-DATE-TIME                                     what both branches saw and restored
 
-Measured: not yet.
+Measured: not yet. The abstract gives no figure to set beside.
 """
 import copy, math, sys
 from collections import OrderedDict
@@ -96,26 +106,26 @@ from common import (Batches, Run, autocast, check, check_config, color_jitter, c
 class Config:
     """Every setting, each a flag of the command line. Raises UserError for a value out of range."""
     # method
-    mask: float = 0.75  # share of the patches that is masked in branch s, the "higher mask ratio"; ours
-    mask_w: float = 0.5  # the same in branch w, at most --mask; ours
-    lam_c: float = 1.0  # weight of the contrast; ours
-    lam_r: float = 1.0  # weight of the L1 reconstruction; ours
+    mask: float = 0.75  # share of the patches masked in branch s, the "higher mask ratio"; how high: ours
+    mask_w: float = 0.5  # share of the patches masked in branch w, at most --mask; ours
+    lam_c: float = 1.0  # weight of the contrast, which is computed and logged at 0 too; ours
+    lam_r: float = 1.0  # weight of the reconstruction, computed and logged at 0 too; ours
     tau: float = 0.2  # τ, temperature; ours: MoCo v2's
-    bank: int = 4096  # keys of earlier steps as further negatives, 0 for none; ours
-    keys: Literal["momentum", "shared"] = "momentum"  # made by momentum averages or by the trained networks; ours
+    bank: int = 4096  # keys of earlier steps as negatives, fewer than there are images; 0 for none; ours
+    keys: Literal["momentum", "shared"] = "momentum"  # keys are made by momentum averages, or the trained networks; ours
     momentum: float = 0.99  # of f_ξ and g_ξ, rising to 1 by a cosine; ours: MoCo v3's
     pool: Literal["mean", "cls"] = "mean"  # the features: mean of the patches' tokens or class token; ours
-    restore: Literal["clean", "view"] = "clean"  # the view before its colours were changed, or as it is; ours
+    restore: Literal["clean", "view"] = "clean"  # the target: the view before its colours were changed, or after; ours
     pixels: Literal["masked", "all"] = "masked"  # L1 over the masked patches or over all; ours
     norm_pixels: bool = False  # restore each patch at mean 0, deviation 1; ours
     crop_min_s: float = 0.2  # smallest crop of branch s, share of the area; ours
-    crop_min_w: float = 0.5  # the same of branch w; ours
-    jitter_s: float = 0.8  # probability of colour jitter in branch s; ours: MoCo v2's
-    jitter_w: float = 0.4  # the same in branch w; ours
-    gray_s: float = 0.2  # probability of greyscale in branch s; ours: MoCo v2's
-    gray_w: float = 0.0  # the same in branch w; ours
-    blur_s: float = 0.0  # probability of blur in branch s; ours: SimCLR's for CIFAR-10, which has none
-    blur_w: float = 0.0  # the same in branch w; ours
+    crop_min_w: float = 0.5  # smallest crop of branch w; ours
+    jitter_s: float = 0.8  # probability of colour jitter in branch s; ours: MoCo v3's
+    jitter_w: float = 0.4  # probability of colour jitter in branch w; ours
+    gray_s: float = 0.2  # probability of greyscale in branch s; ours: MoCo v3's
+    gray_w: float = 0.0  # probability of greyscale in branch w; ours
+    blur_s: float = 0.0  # probability of blur in branch s; ours: none, as SimCLR on CIFAR-10
+    blur_w: float = 0.0  # probability of blur in branch w; ours
     # model
     img: int = 32  # side of the views in pixels; ours
     patch: int = 4  # side of a patch in pixels; ours
@@ -134,7 +144,7 @@ class Config:
     wd: float = 0.05  # weight decay; ours: MAE's
     warmup: int = 40  # epochs of linear warm-up; ours: MAE's
     # run
-    data: str = "cifar10"  # cifar10, cifar100, stl10, tiny-imagenet, shapes, or a folder; the abstract's first
+    data: str = "cifar10"  # cifar10, cifar100, stl10, tiny-imagenet, shapes, or a folder; the abstract's first set
     root: str = "data"  # where data sets are downloaded to and decoded; ours
     out: str = ""  # folder of the run, new or empty; ours: runs/macrl-DATE-TIME
     resume: str = ""  # folder of a run to go on with; ours
@@ -153,11 +163,14 @@ class Config:
         check(0 < self.mask < 1 and 0 < round(self.mask * patches) < patches, "--mask", self.mask,
               f"must lie between 0 and 1 and leave some of {patches} patches masked and some visible")
         check(0 <= self.mask_w <= self.mask, "--mask-w", self.mask_w, f"must lie between 0 and --mask {self.mask}")
+        check(self.pixels == "all" or round(self.mask_w * patches) > 0, "--mask-w", self.mask_w,
+              f"masks none of {patches} patches, and --pixels masked restores nothing else")
         check(min(self.lam_c, self.lam_r) >= 0 and 0 < self.lam_c + self.lam_r < math.inf, "--lam-c, --lam-r",
               (self.lam_c, self.lam_r), "must not be negative, and not both 0")
         check(0 < self.tau < math.inf, "--tau", self.tau, "must be above 0")
         check(self.bank >= 0, "--bank", self.bank, "must not be negative")
-        check(self.batch >= 2, "--batch", self.batch, "must be at least 2, or there are no negatives")
+        check(self.lam_c == 0 or self.batch >= 2, "--batch", self.batch,
+              "must be at least 2, or the batch has no negatives")
         check(0 <= self.momentum <= 1, "--momentum", self.momentum, "must lie between 0 and 1")
         for name in ("crop_min_s", "crop_min_w"):
             check(0 < getattr(self, name) <= 1, "--" + name.replace("_", "-"), getattr(self, name),
@@ -277,7 +290,7 @@ def gather(z):
 def random_mask(B, blocks, ratio, device=None):
     """Which of blocks×blocks are masked: bool (B, blocks, blocks), as many in each image, uniform over places."""
     order = torch.rand(B, blocks * blocks, device=device).argsort(1)                        # a permutation of each row
-    return (order < round(ratio * blocks * blocks)).unflatten(1, (blocks, blocks))
+    return (order < round(ratio * blocks ** 2)).unflatten(1, (blocks, blocks))
 
 
 def visible_first(mask):
@@ -358,7 +371,7 @@ class Bank(nn.Module):
     def __init__(self, M, width):
         super().__init__()
         self.register_buffer("keys", F.normalize(torch.randn(M, width), dim=1))
-        self.register_buffer("next", torch.zeros((), dtype=torch.long))                     # the oldest key's place
+        self.register_buffer("next", torch.zeros((), dtype=torch.long))                     # how many have come
 
     @torch.no_grad()
     def push(self, k):
@@ -367,7 +380,7 @@ class Bank(nn.Module):
         if M > 0:
             k = F.normalize(k[-M:].float(), dim=1)
             self.keys.index_copy_(0, (self.next + torch.arange(len(k), device=k.device)) % M, k)
-            self.next.add_(len(k)).remainder_(M)
+            self.next.add_(len(k))
 
 
 class MACRL(nn.Module):
@@ -393,14 +406,14 @@ class MACRL(nn.Module):
         """
         cfg = self.cfg
         mask_s, visible_s, z_s, y_s = self.branch(view1, "s")                               # "higher mask ratio"
-        mask_w, visible_w, z_w, y_w = self.branch(view2, "w")
+        mask_w, visible_w, z_w, y_w = self.branch(view2, "w")                               # "weaker"
 
-        q = gather(self.g(self.encoder.vector(z_s)))                                        # (world·B, 128)
+        q = gather(self.g(self.encoder.vector(z_s)))                                        # (world·B, out)
         if cfg.keys == "momentum":
             with torch.no_grad():
-                k = gather(self.g_xi(self.f_xi.vector(self.f_xi(view2, visible_w))))        # (world·B, 128)
+                k = gather(self.g_xi(self.f_xi.vector(self.f_xi(view2, visible_w))))        # (world·B, out)
         else:
-            k = gather(self.g(self.encoder.vector(z_w)))                                    # (world·B, 128)
+            k = gather(self.g(self.encoder.vector(z_w)))                                    # (world·B, out)
         L_c = info_nce_loss(q, k, self.bank.keys, cfg.tau)        # "features from the encoder in both branches"
         self.bank.push(k)
 
@@ -413,7 +426,7 @@ class MACRL(nn.Module):
     def branch(self, x, name):
         """Branch "s" or "w" of views (B, 3, H, W): their mask (B, N), visible patches (B, V), the encoder's tokens
         (B, 1 + V, D), and all patches as the decoder restores them (B, N, P)."""
-        ratio, decoder = (self.cfg.mask, self.decoder_s) if name == "s" else (self.cfg.mask_w, self.decoder_w)
+        ratio, decoder = {"s": (self.cfg.mask, self.decoder_s), "w": (self.cfg.mask_w, self.decoder_w)}[name]
         mask = random_mask(len(x), self.grid, ratio, x.device).flatten(1)                   # (B, N)
         visible = visible_first(mask)[:, :self.grid ** 2 - round(ratio * self.grid ** 2)]   # (B, V)
         z = self.encoder(x, visible)                                                        # (B, 1 + V, D)
@@ -426,17 +439,18 @@ class MACRL(nn.Module):
         return reconstruction_loss(y, patches, mask if self.cfg.pixels == "masked" else torch.ones_like(mask))
 
     @torch.no_grad()
-    def reconstruct(self, x, branch="s"):
+    def reconstruct(self, x, branch="s", target=None):
         """Normalised images (B, 3, H, W) → (masked input, prediction) of a branch, both normalised images.
 
         Visible patches that the loss leaves out (--pixels masked) are shown as they are. With --norm-pixels each
-        patch gets the image's mean and deviation there.
+        patch gets the mean and deviation that it has in `target`, the images themselves if None.
         """
         cfg, patches = self.cfg, patchify(x, self.cfg.patch)                                # (B, N, P)
         mask, _, _, y = self.branch(x, branch)
         y = y.float()
         if cfg.norm_pixels:
-            y = y * (patches.var(2, keepdim=True) + 1e-6).sqrt() + patches.mean(2, keepdim=True)
+            true = patches if target is None else patchify(target, cfg.patch)
+            y = y * (true.var(2, keepdim=True) + 1e-6).sqrt() + true.mean(2, keepdim=True)
         shown = torch.where(mask[:, :, None], y, patches) if cfg.pixels == "masked" else y
         return unpatchify(patches.masked_fill(mask[:, :, None], 0), cfg.patch), unpatchify(shown, cfg.patch)
 
@@ -468,15 +482,15 @@ def info_nce_loss(q, k, bank, tau):
 def clean_views(images, cfg):
     """Images (B, 3, S, S), uint8 or 0…1 → a crop of each for branch s and one for w, flipped or not, 0…1 (B, 3, img,
     img)."""
-    return [random_hflip(random_resized_crop(images, cfg.img, (least, 1.0))) for least in
-            (cfg.crop_min_s, cfg.crop_min_w)]
+    return tuple(random_hflip(random_resized_crop(images, cfg.img, (least, 1.0))) for least in
+                 (cfg.crop_min_s, cfg.crop_min_w))
 
 
 def corrupt(clean, cfg):
-    """The two of clean_views with their colours changed, normalised (B, 3, img, img)."""
-    strengths = (cfg.jitter_s, cfg.gray_s, cfg.blur_s), (cfg.jitter_w, cfg.gray_w, cfg.blur_w)
-    return [normalize(gaussian_blur(random_grayscale(color_jitter(x, p=jitter), gray), blur))
-            for x, (jitter, gray, blur) in zip(clean, strengths)]
+    """x_s and x_w: the two of clean_views with their colours changed, normalised (B, 3, img, img)."""
+    chances = (cfg.jitter_s, cfg.gray_s, cfg.blur_s), (cfg.jitter_w, cfg.gray_w, cfg.blur_w)
+    return tuple(normalize(gaussian_blur(random_grayscale(color_jitter(x, p=jitter), gray), blur))
+                 for x, (jitter, gray, blur) in zip(clean, chances))
 
 
 def views(images, cfg):

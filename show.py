@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.utils import draw_bounding_boxes
 
-from common import (Parser, UserError, check, denormalize, draw_images, load_images, normalize, resize,
+from common import (Parser, answer, check, denormalize, draw_images, load_images, normalize, resize,
                     start_processes)
 from eval_linear import load_model
 from images import read_image, square
@@ -72,10 +72,10 @@ def branch_panel(model, x):
     macrl, rows = sys.modules[type(model).__module__], {}
     clean = macrl.clean_views(denormalize(x), model.cfg)
     for branch, target, view in zip("sw", clean, macrl.corrupt(clean, model.cfg)):
-        masked, prediction = model.reconstruct(view, branch)
         target = normalize(target) if model.cfg.restore == "clean" else view
-        rows |= {f"branch {branch}:\nview": view, f"{branch}: masked": masked, f"{branch}: restored": prediction,
-                 f"{branch}: target": target}
+        masked, prediction = model.reconstruct(view, branch, target)
+        rows |= {f"branch {branch}:\nview": view, f"branch {branch}:\nmasked": masked,
+                 f"branch {branch}:\n{model.restored}": prediction, f"branch {branch}:\ntarget": target}
     return rows
 
 
@@ -104,6 +104,7 @@ def own_images(folder, size, count):
 
 def show(args):
     """Draws what the command line asks for; returns the file. Raises UserError."""
+    check(args.count >= 1, "--count", args.count, "must be at least 1")
     folder = pathlib.Path(args.run)
     file = pathlib.Path(args.out) if args.out else (folder if folder.is_dir() else folder.parent) / "show.png"
     check(file.parent.is_dir(), "--out", file, "is in no folder that exists")
@@ -128,7 +129,7 @@ def show(args):
 
 
 def main(argv=None):
-    """The command line; returns the exit status, 2 with one line on standard error for what the user can mend."""
+    """The command line; returns the exit status of `answer`."""
     parser = Parser("show.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("run", help="the folder of a run, or one of its checkpoints")
     parser.add_argument("--images", default="", help="a folder of image files to show instead of test images")
@@ -138,17 +139,7 @@ def main(argv=None):
     parser.add_argument("--count", type=int, default=8, help="how many images")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of test images and of the masks")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    try:
-        args = parser.parse_args(argv)
-        check(args.count >= 1, "--count", args.count, "must be at least 1")
-        show(args)
-        return 0
-    except (UserError, OSError) as error:
-        line = error
-    except torch.OutOfMemoryError:
-        line = "out of GPU memory: --device cpu will do it"
-    print(f"show.py: {line}", file=sys.stderr)
-    return 2
+    return answer("show.py", lambda: show(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

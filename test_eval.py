@@ -1,12 +1,18 @@
-"""Tests of what looks at a finished run: the linear probe, pictures."""
-from dataclasses import replace
+"""Tests of what is done with a finished run: linear probe, fine-tuning, pictures."""
+import csv, inspect, json, math, re, shlex
+from dataclasses import fields, replace
 
+import pytest
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.functional as TF
 from PIL import Image
+from torchvision.transforms import InterpolationMode
 
-import eval_linear, show
-from test_smoke import MODULES, SMALL, every_method, few, folder, normal  # few and folder are fixtures
+import common, eval_finetune, eval_linear, eval_speed, images, mclim, show
+from test_papers import BACKBONES
+from test_smoke import (HERE, METHODS, MODULES, SMALL, build, every_method, few, folder, metrics, normal, torchrun,
+                        weights)  # few and folder are fixtures
 
 
 def test_linear_probe_separates_what_is_separable():
@@ -15,6 +21,323 @@ def test_linear_probe_separates_what_is_separable():
     scores = eval_linear.linear_probe(features, labels, features, 3)
     assert eval_linear.top(scores, labels, 1) == 100 and eval_linear.top(-scores, labels, 1) == 0
 
+
+@every_method
+def test_speed_is_told(method, monkeypatch, capsys):
+    monkeypatch.setattr(eval_speed, "rate", lambda step, device: (step(), 2.0)[1])
+    assert eval_speed.main([method, "--tiny", *"--img 16 --dim 48 --depth 2 --batch 4 --device cpu".split()]) == 0
+    told = capsys.readouterr().out
+    assert told.count("views") == 2 and "bfloat16" in told and "8.0 images/s" in told
+    assert ("one view" in told) == (method != "mclim")
+
+
+# Fine-tuning: RandAugment
+
+S = torch.tensor([-1.0, -0.3, 0.3, 0.9])
+
+
+@pytest.mark.parametrize("name, theirs", [
+    ("identity", lambda x, s: x),
+    ("shear x", lambda x, s: TF.affine(x, 0.0, [0, 0], 1.0, [math.degrees(math.atan(0.3 * s)), 0.0],
+                                       InterpolationMode.BILINEAR)),
+    ("shear y", lambda x, s: TF.affine(x, 0.0, [0, 0], 1.0, [0.0, math.degrees(math.atan(0.3 * s))],
+                                       InterpolationMode.BILINEAR)),
+    ("rotate", lambda x, s: TF.rotate(x, -30 * s, InterpolationMode.BILINEAR)),
+    ("brightness", lambda x, s: TF.adjust_brightness(x, 1 + 0.9 * s)),
+    ("colour", lambda x, s: TF.adjust_saturation(x, 1 + 0.9 * s)),
+    ("contrast", lambda x, s: TF.adjust_contrast(x, 1 + 0.9 * s)),
+    ("sharpness", lambda x, s: TF.adjust_sharpness(x, 1 + 0.9 * s)),
+    ("posterize", lambda x, s: TF.posterize((255 * x).round().byte(), 8 - round(4 * abs(s))) / 255),
+    ("solarize", lambda x, s: TF.solarize(x, 1 - abs(s))),
+    ("autocontrast", lambda x, s: TF.autocontrast(x)),
+    ("equalize", lambda x, s: TF.equalize(TF.convert_image_dtype(x, torch.uint8)) / 255)])
+def test_operations_of_randaugment_equal_torchvisions(name, theirs):
+    torch.manual_seed(0)
+    x = torch.rand(4, 3, 20, 20)
+    expected = torch.stack([theirs(image, s) for image, s in zip(x, S.tolist())])
+    assert (images.RANDAUGMENT[name](x, S) - expected).abs().max() < 5e-3
+
+
+def test_translations_of_randaugment_move_by_a_share_of_the_side():
+    x = torch.rand(4, 3, 331, 331)
+    for name, dim in (("translate x", 3), ("translate y", 2)):
+        moved = images.RANDAUGMENT[name](x, torch.tensor([0.2, -0.2, 0.1, 0.0]))            # by 30, -30, 15, 0 pixels
+        for before, after, n in zip(x, moved, (30, -30, 15, 0)):
+            kept = slice(n, None) if n >= 0 else slice(None, n)
+            gone = slice(None, -n or None) if n >= 0 else slice(-n, None)
+            a, b = (image.movedim(dim - 1, 0) for image in (before, after))
+            assert torch.allclose(a[kept], b[gone], atol=1e-3)
+
+
+def test_randaugment_draws_operations_for_each_image():
+    torch.manual_seed(0)
+    same = torch.rand(1, 3, 16, 16).expand(600, -1, -1, -1)
+    assert torch.equal(images.rand_augment(same, 0), same)
+    one = images.rand_augment(same, 1, 9)
+    kinds = one.flatten(1).unique(dim=0, return_counts=True)[1]
+    assert len(kinds) == 1 + 9 * 2 + 4  # identity; nine with a sign; posterize, solarize, autocontrast, equalize
+    assert len(images.rand_augment(same, 2, 9).flatten(1).unique(dim=0)) > 60
+
+
+# Fine-tuning: labels, network, rates, mixup
+
+def test_labels_are_kept_alike_in_all_classes_and_by_the_seed():
+    labels = torch.cat([torch.arange(1000) % 3, torch.full((50,), -1), torch.full((4,), 3)])
+    kept = eval_finetune.labelled(labels, 0.1, 0)
+    assert labels[kept].bincount().tolist() == [33, 33, 33, 1] and len(kept.unique()) == len(kept)  # never none
+    assert torch.equal(kept, eval_finetune.labelled(labels, 0.1, 0))
+    assert not torch.equal(kept, eval_finetune.labelled(labels, 0.1, 1))
+    assert torch.equal(eval_finetune.labelled(labels, 1.0, 0), (labels >= 0).nonzero().flatten())
+
+
+NETWORKS = [SMALL[method] for method in METHODS] + BACKBONES[1:]
+every_network = pytest.mark.parametrize("cfg", NETWORKS, ids=lambda cfg: type(cfg).__module__ + getattr(
+    cfg, "backbone", ""))
+
+
+@every_network
+def test_rates_fall_from_layer_to_layer(cfg):
+    model = eval_finetune.Classifier(build(cfg).encoder, 10, 0.0)
+    names = eval_finetune.blocks_of(model.encoder)
+    assert len(names) == {"swin": 8, "hivit": 8 + 6}.get(getattr(cfg, "backbone", "vit"), cfg.depth)
+    scale, wd = {}, {}
+    for group in eval_finetune.layer_groups(model, 0.3, 0.5):
+        for p in group["params"]:
+            assert id(p) not in scale
+            scale[id(p)], wd[id(p)] = group["scale"], group["weight_decay"]
+    for name, p in model.named_parameters():
+        inside = [i for i, block in enumerate(names) if name.startswith(f"encoder.{block}.")]
+        if inside:
+            assert scale[id(p)] == 0.5 ** (len(names) - inside[0]), name
+        elif name.startswith(("head", "encoder.norm")):
+            assert scale[id(p)] == 1, name
+        elif "embed" in name or "cls" in name or "patch" in name:
+            assert scale[id(p)] == 0.5 ** (len(names) + 1), name
+        else:  # between two blocks
+            assert 0.5 ** len(names) <= scale[id(p)] < 1, name
+        assert wd[id(p)] == (0.0 if p.ndim < 2 or "token" in name or "pos" in name else 0.3), name
+
+
+@every_network
+def test_every_weight_is_trained_and_evaluation_has_no_chance(cfg):
+    model = eval_finetune.Classifier(build(cfg).encoder, 10, 0.5)
+    with torch.no_grad():
+        model.head.weight.normal_()
+    x = normal(32, 3, cfg.img, cfg.img)
+    model(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    plain = F.linear(build(cfg).encoder.features(x), model.head.weight, model.head.bias)
+    assert torch.allclose(model.eval()(x), plain, atol=1e-5)
+
+
+def test_stochastic_depth_rises_and_drops_whole_branches():
+    cfg = replace(SMALL["mvmae"], depth=3)
+    model, branches = eval_finetune.Classifier(build(cfg).encoder, 10, 0.6), {}
+    for i, block in enumerate(model.encoder.blocks):
+        for name in ("attn", "mlp"):  # after the model's own hook
+            getattr(block, name).register_forward_hook(
+                lambda module, _, out, key=(i, name): branches.setdefault(key, []).append(out))
+    torch.manual_seed(0)
+    x = normal(1, 3, 16, 16).expand(400, -1, -1, -1)
+    model.train()(x)
+    for (i, name), (out,) in branches.items():
+        dropped = (out == 0).flatten(1).all(1)
+        assert dropped.double().mean().item() == pytest.approx(0.3 * i, abs=0.08), (i, name)
+    assert not torch.equal(*((branches[2, name][0] == 0).flatten(1).all(1) for name in ("attn", "mlp")))
+    attn, = branches[1, "attn"]
+    kept = (attn != 0).flatten(1).any(1)
+    whole = model.eval()(x[:1]) is not None and branches[1, "attn"][1]
+    first = branches[0, "mlp"][0]                                                           # never dropped: all alike
+    assert torch.allclose(first, first[:1].expand_as(first), atol=1e-6)
+    assert torch.allclose(attn[kept] * 0.7, whole.expand(int(kept.sum()), -1, -1), atol=1e-5)
+
+
+def test_mixup_blends_images_and_targets_alike():
+    torch.manual_seed(0)
+    x, y = torch.rand(1000, 3, 2, 2), F.one_hot(torch.arange(1000) % 2, 2).float()          # the reverse: other classes
+    mixed, targets = eval_finetune.mixup(x, y, 0.6, 0.8)
+    share = (targets * y).sum(1)                                                            # λ
+    assert torch.allclose(targets.sum(1), torch.ones(1000))
+    assert torch.allclose(mixed, share[:, None, None, None] * x + (1 - share)[:, None, None, None] * x.flip(0), atol=1e-6)
+    whole = share == 1
+    assert whole.double().mean().item() == pytest.approx(0.4, abs=0.06)
+    assert share[~whole].var().item() == pytest.approx(0.25 / (2 * 0.8 + 1), abs=0.02)      # of Beta(0.8, 0.8)
+    assert torch.equal(eval_finetune.mixup(x, y, 0.0, 0.8)[0], x)
+
+
+def test_views_of_fine_tuning():
+    torch.manual_seed(0)
+    cfg, x = replace(eval_finetune.TINY, crop_min=1.0, rand_ops=0), (255 * torch.rand(64, 3, 16, 16)).byte()
+    view, whole = eval_finetune.views(x, 16, cfg), common.normalize(common.resize(x, 16))
+    assert view.shape == (64, 3, 16, 16)
+    flipped = (view - whole.flip(3)).square().mean((1, 2, 3)) < (view - whole).square().mean((1, 2, 3))
+    assert 16 < flipped.sum() < 48
+    smooth = [eval_finetune.views(x, 16, replace(cfg, crop_min=c)).diff(dim=3).square().mean() for c in (0.1, 1.0)]
+    assert smooth[0] < smooth[1]
+    torch.manual_seed(1)
+    plain = eval_finetune.views(x, 16, cfg)
+    torch.manual_seed(1)
+    changed = eval_finetune.views(x, 16, replace(cfg, rand_ops=2, rand_magnitude=20)) != plain
+    assert changed.flatten(1).any(1).double().mean() > 0.7
+
+
+# Fine-tuning: the program
+
+@pytest.fixture
+def pretrained(few, tmp_path, monkeypatch):
+    """A run of each method on 32 shapes; fine-tuning sees 40 shapes of the first four classes, and tests on 32."""
+    x, y = common.load_images("shapes", "train", 16)
+    x, y = x[y < 4], y[y < 4]
+    parts = {"train": (x[:40], y[:40]), "test": (x[-32:], y[-32:])}
+    monkeypatch.setattr(eval_finetune, "load_images", lambda data, split, *_: parts[split])
+    made = {}
+
+    def run(method):
+        if method not in made:
+            made[method] = MODULES[method].train(replace(SMALL[method], epochs=1, warmup=0, data="shapes",
+                                                         out=str(tmp_path / method)))
+        return str(made[method])
+    return run
+
+
+def settings(run, out, **change):
+    return replace(eval_finetune.TINY, run=run, batch=8, epochs=3, log_every=1, out=str(out), **change)
+
+
+@every_method
+def test_fine_tuning_writes_what_it_found(pretrained, tmp_path, method, capsys):
+    out = eval_finetune.train(settings(pretrained(method), tmp_path / "run", test_every=2, mixup=0.5, drop_path=0.3))
+    names = "config.json metrics.csv curves.png last.pt previous.pt encoder.pt eval_finetune.json confusion.png".split()
+    assert {f.name for f in out.iterdir()} == set(names)
+    report, told = json.loads((out / "eval_finetune.json").read_text()), capsys.readouterr().out
+    assert f"{method}.py" in report["network"] and "pre-trained" in report["network"] and report["network"] in told
+    rows = list(csv.DictReader(open(out / "metrics.csv")))
+    assert [row["step"] for row in rows if row["loss"]] == [str(i) for i in range(1, 16)]
+    tests = [row for row in rows if row["test top 1"]]
+    assert [row["epoch"] for row in tests] == ["2", "3"]
+    model = eval_finetune.Classifier(build(SMALL[method]).encoder, 10, 0.0)
+    common.load_checkpoint(out, "eval_finetune", model=model)
+    with torch.no_grad(), common.autocast(torch.device("cpu")):
+        scores = model(common.normalize(eval_finetune.load_images("shapes", "test")[0] / 255))
+    truth = eval_finetune.load_images("shapes", "test")[1]
+    right = 100 * (scores.argmax(1) == truth).double().mean().item()
+    assert report["percent"]["top1"] == float(tests[-1]["test top 1"]) == pytest.approx(right, abs=0.01)
+    among = 100 * (scores.topk(5).indices == truth[:, None]).any(1).double().mean().item()
+    assert report["percent"]["top5"] == pytest.approx(among, abs=0.01)
+    assert "next:" not in told.split("done after")[-1]
+
+
+def test_fine_tuning_begins_at_the_run_or_at_random_weights(pretrained, tmp_path):
+    run, still = pretrained("mvmae"), {"lr": 1e-9, "wd": 0.0}
+    for scratch in (False, True):
+        out = eval_finetune.train(settings(run, tmp_path / str(scratch), scratch=scratch, **still))
+        encoder = torch.load(out / "encoder.pt", weights_only=True)
+        for name, value in eval_linear.load_model(run, trained=not scratch)[0].encoder.state_dict().items():
+            assert torch.allclose(encoder[name], value, atol=1e-6), name
+        assert ("random weights" in json.loads((out / "eval_finetune.json").read_text())["network"]) == scratch
+
+
+def test_rates_of_the_layers_are_those_of_the_schedule(pretrained, tmp_path, monkeypatch):
+    cfg, seen = settings(pretrained("mvmae"), tmp_path / "run", layer_decay=0.5, lr=1e-3), []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: seen.append(
+        [(group["lr"], group["scale"]) for group in self.param_groups]) or step(self))
+    eval_finetune.train(cfg)
+    assert len(seen) == 15
+    for i, groups in enumerate(seen):
+        rate = common.cosine_lr(i, 15, 5, 1e-3 * 8 / 256)
+        assert all(lr == pytest.approx(rate * scale) for lr, scale in groups)
+        assert {scale for _, scale in groups} == {1, 0.5, 0.25, 0.125}
+
+
+def test_a_resumed_fine_tuning_ends_in_the_same_weights(pretrained, tmp_path, monkeypatch):
+    cfg = settings(pretrained("camae"), tmp_path / "whole", mixup=0.5, drop_path=0.5, labels=0.5)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    eval_finetune.train(cfg)
+    save = common.Run.save
+
+    def save_and_die(run, step, *args, **parts):
+        save(run, step, *args, **parts)
+        if step == 3:  # one step after the end of the first epoch
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.Run, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        eval_finetune.train(replace(cfg, out=str(tmp_path / "killed")))
+    monkeypatch.setattr(common.Run, "save", save)
+    assert eval_finetune.main(["--resume", str(tmp_path / "killed")]) == 0
+    torch.set_num_threads(threads)
+    ours, reference = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert ours.keys() == reference.keys() and all(torch.equal(ours[k], reference[k]) for k in ours)
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    assert (tmp_path / "killed" / "eval_finetune.json").read_text() == (
+        tmp_path / "whole" / "eval_finetune.json").read_text()
+
+
+@pytest.mark.parametrize("command, words", [
+    ("", ["RUN", "name the folder"]),
+    ("{tmp}/nowhere", ["nowhere", "does not exist"]),
+    ("{run} --labels 2", ["--labels", "2.0", "at most 1"]),
+    ("{run} --mixup 2", ["--mixup", "2.0", "0 to 1"]),
+    ("{run} --layer-decay 0", ["--layer-decay", "0.0", "above 0"]),
+    ("{run} --rand-magnitude 31", ["--rand-magnitude", "31.0", "30"]),
+    ("{run} --warmup 100", ["--warmup", "100", "below --epochs 100"]),
+    ("{run} --batch 99", ["--batch", "99", "only 40"]),
+    ("{run} --batch 8 --out {run}", ["--out", "must be new or empty"]),
+    ("{tmp}/missing/last.pt", ["missing/last.pt", "does not fit", "Missing", "encoder.norm.bias"]),
+    ("{tmp}/left/last.pt", ["left/last.pt", "does not fit", "Unexpected", "encoder.more"]),
+    ("{done}", ["is of eval_finetune.py"]),
+    ("--resume {run}", ["is a run of mvmae.py"]),
+    ("--resume {done} --lr 1", ["--lr", "1.0", "was started with"])])
+def test_bad_input_of_fine_tuning_gets_one_line(pretrained, tmp_path, command, words, capsys):
+    run = pretrained("mvmae")
+    done = eval_finetune.train(settings(run, tmp_path / "done")) if "{done}" in command else ""
+    for name in ("missing", "left"):
+        state = torch.load(f"{run}/last.pt", weights_only=True)
+        if name == "missing":
+            del state["model"]["encoder.norm.bias"]
+        else:
+            state["model"]["encoder.more"] = torch.zeros(1)
+        (tmp_path / name).mkdir()
+        torch.save(state, tmp_path / name / "last.pt")
+    status = eval_finetune.main(shlex.split(command.format(run=run, done=done, tmp=tmp_path)))
+    line = capsys.readouterr().err
+    assert status == 2 and line.count("\n") == 1 and line.startswith("eval_finetune.py: "), line
+    assert all(word in line for word in words), line
+
+
+def test_flags_of_fine_tuning_are_its_fields_and_the_readme_knows_them(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        eval_finetune.main(["--help"])
+    packed = re.sub(r"\s", "", capsys.readouterr().out)
+    lines = re.findall(r"(?m)^    (\w+): .*?  # (.*)$", inspect.getsource(eval_finetune.Config))
+    assert [name for name, _ in lines] == [field.name for field in fields(eval_finetune.Config)]
+    assert all("--" + name.replace("_", "-") in packed and re.sub(r"\s", "", text) in packed for name, text in lines)
+    text = (HERE / "README.md").read_text() + eval_finetune.__doc__
+    commands = re.findall(r"eval_finetune\.py (\S+)((?: --\S+(?: [^\s`|-]\S*)?)*)", text)
+    assert len(commands) > 8
+    for _, flags in commands:
+        common.command_line("eval_finetune", eval_finetune.Config, eval_finetune.TINY, shlex.split(flags))
+
+
+def test_fine_tuning_learns_shapes(few, tmp_path):
+    run = mclim.train(replace(SMALL["mclim"], epochs=1, warmup=0, data="shapes", out=str(tmp_path / "run")))
+    cfg = replace(eval_finetune.TINY, run=str(run), epochs=8, lr=1e-2, rand_ops=0, out=str(tmp_path / "tuned"))
+    report = json.loads((eval_finetune.train(cfg) / "eval_finetune.json").read_text())
+    assert report["percent"]["top1"] > 40, report                                           # chance is 10
+
+
+def test_torchrun_fine_tunes_and_one_process_writes(few, tmp_path):
+    run = mclim.train(replace(SMALL["mclim"], epochs=1, warmup=0, data="shapes", out=str(tmp_path / "run")))
+    answer = torchrun(HERE / "eval_finetune.py", run, "--tiny", "--labels", 0.1, "--epochs", 1, "--warmup", 0, "--out",
+                      tmp_path / "tuned")
+    assert answer.returncode == 0, answer.stderr
+    assert [row["step"] for row in metrics(tmp_path / "tuned")] == ["3", "3"]               # of 2 · 64 images; the test
+    assert answer.stdout.count("labelled images") == 1 and answer.stdout.count("of the test images right") == 1
+
+
+# Pictures
 
 @every_method
 def test_show_draws_any_checkpoint_and_the_users_own_images(few, folder, tmp_path, method, capsys):

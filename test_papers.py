@@ -768,14 +768,53 @@ def test_branch_s_is_corrupted_more_and_the_targets_are_not():
     torch.manual_seed(0)
     x, cfg = (255 * torch.rand(400, 3, 16, 16)).byte(), SMALL["macrl"]
     clean = macrl.clean_views(x, cfg)
-    changed = [((view - common.normalize(crop)).abs().amax((1, 2, 3)) > 1e-4).double().mean().item()
-               for view, crop in zip(macrl.corrupt(clean, cfg), clean)]
-    assert changed == pytest.approx([1 - 0.2 * 0.8, 0.4], abs=0.08)                        # jitter or grey; jitter
-    grey = macrl.corrupt(clean, replace(cfg, jitter_s=0.0, gray_s=1.0, jitter_w=0.0, blur_w=1.0))
-    assert torch.allclose(grey[0], common.normalize(images.grayscale(clean[0]).expand(-1, 3, -1, -1)), atol=1e-5)
-    assert ((grey[1] - common.normalize(clean[1])).abs().amax((1, 2, 3)) > 1e-4).double().mean() > 0.9
-    smooth = [crop.diff(dim=3).square().mean() for crop in clean]  # of a smaller part of the image
-    assert smooth[0] < smooth[1]
+
+    def changed(cfg):
+        """The share of either branch's images that are not as they were."""
+        return [((view - common.normalize(crop)).abs().amax((1, 2, 3)) > 1e-4).double().mean().item()
+                for view, crop in zip(macrl.corrupt(clean, cfg), clean)]
+
+    assert changed(cfg) == pytest.approx([1 - 0.2 * 0.8, 0.4], abs=0.08)                   # jitter or grey; jitter
+    none = dict.fromkeys(["jitter_s", "jitter_w", "gray_s", "gray_w", "blur_s", "blur_w"], 0.0)
+    for name in none:
+        share = changed(replace(cfg, **{**none, name: 0.6}))
+        assert share == pytest.approx([0.6, 0] if name.endswith("s") else [0, 0.6], abs=0.08), name
+    grey = macrl.corrupt(clean, replace(cfg, **{**none, "gray_s": 1.0}))[0]
+    assert torch.allclose(grey, common.normalize(images.grayscale(clean[0]).expand(-1, 3, -1, -1)), atol=1e-5)
+    whole = torch.rand(400, 3, 64, 64)
+    for least in ((0.2, 0.9), (0.9, 0.2)):  # the larger a crop, the more is noise averaged out
+        crops = macrl.clean_views(whole, replace(cfg, crop_min_s=least[0], crop_min_w=least[1]))
+        noise = [crop.diff(dim=3).square().mean((1, 2, 3)) for crop in crops]
+        assert (noise[0].mean() > 1.5 * noise[1].mean()) == (least[0] < least[1])
+        spread = [part.std() / part.mean() for part in noise]
+        assert (spread[0] > 3 * spread[1]) == (least[0] < least[1])                        # the largest is the whole
+        assert (crops[0] - crops[1]).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize("change", [{}, {"pixels": "all"}, {"norm_pixels": True}])
+def test_reconstruct_shows_either_branch(change):
+    model, x, target = build(replace(SMALL["macrl"], **change)), normal(4, 3, 16, 16), normal(4, 3, 16, 16, seed=1)
+    with torch.no_grad():
+        for value, decoder in ((2.0, model.decoder_s), (3.0, model.decoder_w)):
+            decoder.pred.weight.zero_()
+            decoder.pred.bias.fill_(value)
+    for branch, ratio, value in (("s", 0.75, 2.0), ("w", 0.5, 3.0)):
+        masked, shown = model.reconstruct(x, branch, target)
+        hidden = masked != x
+        assert hidden.double().mean() == ratio
+        patches = macrl.patchify(target, 4)
+        expected = torch.full_like(patches, value)
+        if "norm_pixels" in change:
+            expected = patches.mean(2, keepdim=True) + value * patches.std(2, keepdim=True)
+        expected = macrl.unpatchify(expected.expand_as(patches), 4)
+        assert torch.allclose(shown, expected if "pixels" in change else torch.where(hidden, expected, x), atol=1e-4)
+
+
+def test_momentum_networks_of_macrl_begin_as_copies():
+    model = build(SMALL["macrl"])
+    for one, average in ((model.encoder, model.f_xi), (model.g, model.g_xi)):
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), average.parameters()))
+        assert not any(p.requires_grad for p in average.parameters())
 
 
 @pytest.mark.parametrize("restore", ["clean", "view"])

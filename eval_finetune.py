@@ -1,0 +1,222 @@
+"""How good a start is what was learned: end-to-end fine-tuning of any method's encoder with a linear head.
+
+    python eval_finetune.py runs/mvmae-DATE-TIME               a run, or one of its checkpoints (last.pt, previous.pt)
+    python eval_finetune.py RUN --labels 0.01                  with 1 % of the labels, the same share of each class
+    python eval_finetune.py RUN --scratch                      the same network from random weights
+    python eval_finetune.py RUN --tiny                         settings for a small encoder, on a laptop
+    torchrun --nproc-per-node 8 eval_finetune.py RUN --batch 64                the papers' batch of 512, on eight GPUs
+
+After Multi-View MAE, §4.1.2: 100 epochs, batch 512, mixup with a probability of 0.8, RandAugment. What that leaves open
+is MAE's recipe (arXiv 2111.06377, Table 9): AdamW, rates that fall from layer to layer, label smoothing, stochastic
+depth; but neither its CutMix nor its code's random erasing, which no paper here names. CAMAE's 1 % and 10 % follow
+Barlow Twins, which fine-tunes for 20 epochs on crops and flips: the README has the flags.
+
+A run of it is a folder like those of pre-training, resumed in the same way; the run that it started from must still be
+there then. The last epoch counts: eval_finetune.json and confusion.png say how good it is on all test images.
+"""
+import json, sys
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.ops import stochastic_depth
+
+from common import (Batches, Run, autocast, check, check_least, check_training, class_names, cosine_lr,
+                    extract_features, launch, load_images, normalize, param_groups, random_hflip, random_resized_crop,
+                    seed_step, start_processes)
+from eval_linear import load_model, top
+from images import rand_augment
+from pictures import draw_confusion
+
+
+@dataclass
+class Config:
+    """Every setting, each a flag of the command line. Raises UserError for a value out of range."""
+    # what is evaluated
+    run: str = ""  # folder of a pre-training, or a checkpoint of one; may stand first without --run; ours
+    scratch: bool = False  # the same network from random weights; ours
+    labels: float = 1.0  # share of the training images that have labels, alike in all classes; CAMAE Table V: 0.01, 0.1
+    # regularisation
+    mixup: float = 0.8  # probability of mixup for an image, Multi-View MAE §4.1.2
+    mixup_alpha: float = 0.8  # mixed by Beta(α, α); ours: MAE's
+    rand_ops: int = 2  # operations of RandAugment for an image, 0 for none, Multi-View MAE §4.1.2; how many: ours
+    rand_magnitude: float = 9.0  # strength of RandAugment, 0 to 30; ours: RandAugment's
+    smoothing: float = 0.1  # label smoothing; ours: MAE's
+    drop_path: float = 0.1  # stochastic depth of the last block, rising to it from 0; ours: MAE's
+    crop_min: float = 0.08  # smallest crop, share of the area; ours: MAE's
+    # optimisation
+    layer_decay: float = 0.75  # a block's rate as a share of the next one's; ours: MAE's
+    epochs: int = 100  # passes over the labelled images, Multi-View MAE §4.1.2
+    batch: int = 512  # images per step and per process, Multi-View MAE §4.1.2: in all
+    lr: float = 1e-3  # base learning rate, for a batch of 256; ours: MAE's
+    wd: float = 0.05  # weight decay; ours: MAE's
+    warmup: int = 5  # epochs of linear warm-up; ours: MAE's
+    # run
+    data: str = ""  # another data set than the run's: a name or a folder; ours
+    root: str = ""  # where data sets are kept, if not where the run had them; ours
+    out: str = ""  # folder of this run, new or empty; ours: runs/eval_finetune-DATE-TIME
+    resume: str = ""  # folder of a fine-tuning to go on with; ours
+    seed: int = 0  # of all random numbers, and of the choice of labels; ours
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute; ours
+    amp: bool = True  # bfloat16 autocast where the device has it; ours
+    compile: bool = False  # torch.compile the model; ours
+    workers: int = 0  # threads that decode a folder, 0 for one a core; ours
+    log_every: int = 20  # steps between rows of metrics.csv; ours
+    knn_every: int = 0  # epochs between kNN checks of the encoder, 0 for none; ours
+    test_every: int = 10  # epochs between tests on all test images, 0 for the last alone; ours
+    tiny: bool = False  # settings for a small encoder, on a laptop; ours
+
+    def __post_init__(self):
+        check_training(self)
+        check_least(self, 0, "rand_ops test_every")
+        check(0 < self.labels <= 1, "--labels", self.labels, "must be above 0, at most 1")
+        check(0 <= self.mixup <= 1, "--mixup", self.mixup, "is a probability: 0 to 1")
+        check(self.mixup_alpha > 0, "--mixup-alpha", self.mixup_alpha, "must be above 0")
+        check(0 <= self.rand_magnitude <= 30, "--rand-magnitude", self.rand_magnitude, "must lie between 0 and 30")
+        check(0 <= self.smoothing < 1, "--smoothing", self.smoothing, "must be below 1, not negative")
+        check(0 <= self.drop_path < 1, "--drop-path", self.drop_path, "must be below 1, not negative")
+        check(0 < self.crop_min <= 1, "--crop-min", self.crop_min, "must lie between 0 and 1")
+        check(0 < self.layer_decay <= 1, "--layer-decay", self.layer_decay, "must be above 0, at most 1")
+
+
+TINY = Config(mixup=0.0, rand_ops=1, drop_path=0.0, crop_min=0.4, epochs=10, batch=64, lr=2e-3, warmup=1, tiny=True)
+
+
+def labelled(labels, share, seed):
+    """Which images keep their labels: the same share of each class, at least one image, by `seed`. (n,), sorted."""
+    generator, kept = torch.Generator().manual_seed(seed), []
+    for label in labels[labels >= 0].unique():
+        ids = (labels == label).nonzero().flatten()
+        kept.append(ids[torch.randperm(len(ids), generator=generator)[:max(1, round(share * len(ids)))]])
+    return torch.cat(kept).sort().values
+
+
+def blocks_of(encoder):
+    """Names of the residual blocks of an encoder, first to last: the modules that hold an `mlp`."""
+    return [name.rpartition(".")[0] for name, _ in encoder.named_modules() if name.split(".")[-1] == "mlp"]
+
+
+class Classifier(nn.Module):
+    """An encoder, trained from its first layer on, and a linear head: images (B, 3, H, W) → scores (B, classes)."""
+    def __init__(self, encoder, classes, drop_path):
+        super().__init__()
+        self.encoder, blocks = encoder.requires_grad_(True), blocks_of(encoder)
+        for i, block in enumerate(blocks):
+            self.drop(encoder.get_submodule(block), drop_path * i / max(1, len(blocks) - 1))
+        self.head = nn.Linear(len(encoder.norm.weight), classes)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)                                   # MAE's
+        nn.init.zeros_(self.head.bias)
+
+    def drop(self, block, p):
+        """Stochastic depth: in training each residual branch of `block` gives 0 for an image with probability p."""
+        for branch in (module for name, module in block.named_children() if name in ("attn", "mlp")):
+            branch.register_forward_hook(lambda module, _, out: stochastic_depth(out, p, "row", module.training))
+
+    def forward(self, x):
+        return self.head(self.encoder.features(x))
+
+    features = forward  # what extract_features asks for
+
+
+def layer_groups(model, wd, decay):
+    """param_groups of a Classifier, divided by layers, each with the `scale` of its rate: 1 for the head and what
+    follows the last block, then `decay` times less with every block towards the input."""
+    blocks, layer, layers = blocks_of(model.encoder), 0, {}
+    for name, p in model.encoder.named_parameters():
+        inside = [i + 1 for i, block in enumerate(blocks) if name.startswith(f"{block}.")]
+        layer = inside[0] if inside else layer + (layer == len(blocks))
+        layers[p] = layer
+    last = len(blocks) + 1
+    return [{**group, "params": params, "scale": decay ** (last - layer)} for group in param_groups(model, wd)
+            for layer in range(last + 1) if (params := [p for p in group["params"] if layers.get(p, last) == layer])]
+
+
+def mixup(images, targets, p, alpha):
+    """Blends images (B, 3, H, W) and their targets (B, classes) with those of the batch in reverse order: with
+    probability p an image keeps a share of itself by Beta(alpha, alpha), else all of it."""
+    share = torch.where(torch.rand(len(images)) < p, torch.distributions.Beta(alpha, alpha).sample(images.shape[:1]), 1.0)
+    share = share.to(images.device, non_blocking=True)[:, None]                             # (B, 1)
+    return torch.lerp(images.flip(0), images, share[..., None, None]), torch.lerp(targets.flip(0), targets, share)
+
+
+def views(images, img, cfg):
+    """uint8 images (B, 3, S, S) → cropped, flipped, changed by RandAugment, normalised (B, 3, img, img)."""
+    x = random_hflip(random_resized_crop(images, img, (cfg.crop_min, 1.0)))
+    return normalize(rand_augment(x, cfg.rand_ops, cfg.rand_magnitude))
+
+
+def train(cfg):
+    """Fine-tunes as `cfg` says; returns the run's folder. Raises UserError, FloatingPointError, SystemExit on a
+    signal."""
+    check(cfg.run, "RUN", "missing", "name the folder of a pre-training: eval_finetune.py RUN")
+    here = start_processes(cfg.device)
+    source, pre = load_model(cfg.run, trained=not cfg.scratch)
+    name, root = cfg.data or pre.data, cfg.root or pre.root
+    images, labels = load_images(name, "train", pre.img, root, cfg.workers, pre.seed)
+    test, truth = load_images(name, "test", pre.img, root, cfg.workers, pre.seed)
+    classes, ids = class_names(name, root), labelled(labels, cfg.labels, cfg.seed)
+    images, labels = (images, labels) if len(ids) == len(labels) else (images[ids], labels[ids])
+    batches, labels = Batches(images, cfg.batch, cfg.seed, here), labels.to(here.device)
+
+    torch.manual_seed(cfg.seed)
+    model = Classifier(source.encoder, len(classes), cfg.drop_path).to(here.device)
+    network = (f"the encoder of {cfg.run}, {type(pre).__module__}.py, "
+               f"{sum(p.numel() for p in model.encoder.parameters()) / 1e6:.2f} M parameters, "
+               f"{'from random weights' if cfg.scratch else 'pre-trained'}; not "
+               f"{', '.join(part for part, _ in source.named_children() if part != 'encoder')}")
+    if here.rank == 0:
+        print(f"{network}\n{len(images):,} labelled images, {len(test):,} test images, {len(classes)} classes", flush=True)
+    net = DistributedDataParallel(model) if here.world > 1 else model
+    net = torch.compile(net) if cfg.compile else net
+    peak = cfg.lr * cfg.batch * here.world / 256                                            # MAE's rule
+    optimizer = torch.optim.AdamW(layer_groups(model, cfg.wd, cfg.layer_decay), lr=peak, fused=True)
+    steps, warmup = cfg.epochs * len(batches), cfg.warmup * len(batches)
+
+    run = Run("eval_finetune", cfg, here, len(batches), ["test top 1", "test top 5"])
+    step = run.resume(model=model, optimizer=optimizer)
+    while step < steps and not run.stopped:
+        seed_step(cfg.seed, step, here.rank)
+        x = views(batches[step], pre.img, cfg)
+        mine = labels[batches.ids(step).to(here.device, non_blocking=True)]                 # (B,)
+        x, targets = mixup(x, F.one_hot(mine, len(classes)).float(), cfg.mixup, cfg.mixup_alpha)
+        with autocast(here.device, cfg.amp):
+            scores = net(x)                                                                 # (B, classes)
+        loss = F.cross_entropy(scores.float(), targets, label_smoothing=cfg.smoothing)
+        loss.backward()
+        rate = cosine_lr(step, steps, warmup, peak)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        optimizer.step()
+        optimizer.zero_grad()
+
+        step += 1
+        run.log(step, {"loss": loss}, rate)
+        epoch, rest = divmod(step, len(batches))
+        if not rest and here.rank == 0 and (step == steps or cfg.test_every and epoch % cfg.test_every == 0):
+            scores = extract_features(model.eval(), test, pre.img, here, cfg.amp).cpu()     # (N, classes)
+            model.train()
+            row = {"test top 1": top(scores, truth, 1), "test top 5": top(scores, truth, 5)}
+            run.write({"step": step, "epoch": epoch, **row})
+            print(f"after epoch {epoch}: {row['test top 1']} % of the test images right, "
+                  f"{row['test top 5']} % among the best five", flush=True)
+            if step == steps:
+                report = {"network": network, "data": name, "labels": cfg.labels, "labelled images": len(images),
+                          "percent": {"top1": row["test top 1"], "top5": row["test top 5"]}}
+                (run.folder / "eval_finetune.json").write_text(json.dumps(report, indent=1) + "\n")
+                draw_confusion(run.folder / "confusion.png", truth, scores.argmax(1), classes, "fine-tuned network")
+        run.save(step, None, None, model=model, optimizer=optimizer)
+    return run.finish(following="")
+
+
+def main(argv=None):
+    """The command line, RUN first; returns the exit status of common's `answer`."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    bare = argv[:1] and not argv[0].startswith("-")
+    return launch("eval_finetune", Config, TINY, train, ["--run", *argv] if bare else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

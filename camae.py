@@ -16,7 +16,8 @@ Symbols of the paper → here
     M                  number of attention maps                   K, the heads
     mask_{i,h}^m       1 where patch h of image i is masked       mask (B, N)
     x_{i,h}, x̃_{i,h}   patches, and as restored                   target, y (B, N, P)
-    p^m, m             probabilities of the heads, the drawn one  PLB.p (K,), m (1,)
+    p^m, m             probabilities of the heads, the drawn one  PLB.p (K,), m (1,): from 0; in metrics.csv from 1, an
+                                                                  epoch's row with the p that its heads were drawn by
     L_c, L^m, L        the losses                                 L_c, L_m, "loss"
     τ, λ, ε                                                       tau, lam, eps
 
@@ -26,6 +27,8 @@ Equations → here
     3               idm_mask
     4, 5            plb_update, PLB.draw
     6               a line of CAMAE.forward
+    f_ξ, g_ξ        follow f_θ, g_θ after each step of train
+    §IV-A           Xavier: init_weights; the rate for a batch: train
 
 Where this file departs from the paper. Where that is silent, the contrast follows MoCo v3 [10] and the rest MAE [4], as
 §IV-A does; exceptions are listed.
@@ -42,15 +45,17 @@ Where this file departs from the paper. Where that is silent, the contrast follo
     "self-distillation … follows [7]"     none: §III has no such term                       -
     atten: whose query, of which view     the class token's, whole view 1, no gradient      -
     what is restored                      x, the first view, as it was augmented            -
-    pixels as they are, or normalised     as they are, for so Eq. 2 reads                   --norm-pixels
+    pixels as they are, or normalised     as they are, for so Eq. 2 reads; only ImageNet's  --norm-pixels
+                                            mean and deviation of each channel are taken
+                                            out, which sets the scale of L^m that ε meets     --eps
     decoder                               8 blocks, 512 wide, 16 heads                      --decoder-depth
                                                                                             --decoder-dim
     momentum                              0.99, rising to 1 by a cosine                     --momentum
     base rate, decay, warm-up             1.5e-4, 0.05, 40 epochs                           --lr --wd --warmup
-    batch 4096 on eight GPUs              512 a process, so that torchrun with eight has    --batch
-                                            4096; what one GPU holds is not measured yet
     L^m of a head never drawn             the mean of those that were                       -
-    Printed otherwise
+    Given otherwise
+    §IV-A: batch 4096 on eight GPUs       512 a process, so that torchrun with eight has    --batch
+                                            4096; what one GPU holds is not measured yet
     §III-C: "over the top 25%"            the top 75 % are masked: so abstract, Figure 3    --mask
                                             and the sentence before
     Eq. 2: a sum                          "equals the mean squared error": the mean over    -
@@ -303,7 +308,8 @@ class PLB(nn.Module):
         self.counts.index_add_(0, m, torch.ones_like(loss))
 
     def end_epoch(self, lam, eps):
-        """Eq. 4 with this epoch's mean losses; a head that was not drawn keeps its last, or has the others' mean."""
+        """Eq. 4 with this epoch's mean losses. A head not drawn in it keeps its last; one never drawn has the others'
+        mean."""
         self.losses.copy_(torch.where(self.counts > 0, self.sums / self.counts, self.losses))
         losses = torch.where(self.losses.isnan(), self.losses.nanmean(), self.losses)
         self.p.copy_(plb_update(self.p, losses, lam, eps))
@@ -354,7 +360,8 @@ class Encoder(nn.Module):
 
 
 def encode(encoder, x):
-    """In one pass, what encoder(x) and encoder.attention(x) give: (B, 1 + N, D) and, without gradient, (B, K, N)."""
+    """In one pass, what encoder(x) and encoder.attention(x) give: (B, 1 + N, D) and, without gradient, (B, K, N). The
+    last block is written out for the sake of its queries and keys."""
     x, block = encoder.embed(x), encoder.blocks[-1]
     q, k, v = block.attn.split(block.norm1(x))
     x = x + block.attn.mix(q, k, v)
@@ -417,25 +424,28 @@ class CAMAE(nn.Module):
             tokens1, attention = encode(self.encoder, view1)                                # (B, 1 + N, D), (B, K, N)
             tokens2 = self.encoder(view2)                                                   # (B, 1 + N, D)
             with torch.no_grad():
-                h1_xi, h2_xi = (gather(self.f_xi(view)[:, 0].float()) for view in (view1, view2))
+                h1_xi, h2_xi = (gather(self.f_xi.features(view)) for view in (view1, view2))  # (world·B, D)
                 z1_xi, z2_xi = self.g_xi(h1_xi), self.g_xi(h2_xi)                           # (world·B, 256)
-            h1, h2 = (gather(tokens[:, 0].float()) for tokens in (tokens1, tokens2))        # (world·B, D)
+            h1, h2 = (gather(self.encoder.vector(tokens)) for tokens in (tokens1, tokens2))  # (world·B, D)
             z1, z2 = self.g_theta(h1), self.g_theta(h2)                                     # (world·B, 256)
             L_c = (info_nce_loss(z1, z2_xi, cfg.tau) + info_nce_loss(z2, z1_xi, cfg.tau)) / 2  # Eq. 1
-        elif cfg.mask_by != "random":
-            with torch.no_grad():
-                attention = self.encoder.attention(view1)                                   # (B, K, N)
 
-        if cfg.mask_by == "random":
-            mask = random_mask(len(view1), self.grid, cfg.mask, view1.device).flatten(1)    # (B, N)
-        else:
-            m = torch.randint(cfg.heads, (1,), device=view1.device) if m is None else m
-            mask = idm_mask(attention.index_select(1, m)[:, 0], cfg.mask)                   # Eq. 3  (B, N)
+        mask = self.mask(view1, m, attention)                                               # Eq. 3  (B, N)
         y, target = self.restore(view1, mask), patchify(view1, cfg.patch)                   # (B, N, P)
         L_m = masked_mse(y, normalize_patches(target) if cfg.norm_pixels else target, mask)  # Eq. 2
         if not cfg.contrast:
             return {"loss": L_m, "reconstruction": L_m}
         return {"loss": L_c + L_m, "contrast": L_c, "reconstruction": L_m}                  # Eq. 6
+
+    @torch.no_grad()
+    def mask(self, x, m=None, attention=None):
+        """Which patches of images (B, 3, H, W) are masked, bool (B, N): at random, or by head m (1,), any if None, of
+        their attention (B, K, N), computed here if None."""
+        if self.cfg.mask_by == "random":
+            return random_mask(len(x), self.grid, self.cfg.mask, x.device).flatten(1)
+        m = torch.randint(self.cfg.heads, (1,), device=x.device) if m is None else m
+        attention = self.encoder.attention(x) if attention is None else attention
+        return idm_mask(attention.index_select(1, m)[:, 0], self.cfg.mask)                  # Eq. 3
 
     def restore(self, x, mask):
         """Images (B, 3, H, W) whose patches are masked (B, N) → all patches as the decoder restores them (B, N, P)."""
@@ -450,11 +460,7 @@ class CAMAE(nn.Module):
         shown as they are. With --norm-pixels each masked patch gets its true mean and deviation back.
         """
         cfg, patches = self.cfg, patchify(x, self.cfg.patch)                                # (B, N, P)
-        if cfg.mask_by == "random":
-            mask = random_mask(len(x), self.grid, cfg.mask, x.device).flatten(1)            # (B, N)
-        else:
-            m = torch.randint(cfg.heads, (1,), device=x.device)
-            mask = idm_mask(self.encoder.attention(x).index_select(1, m)[:, 0], cfg.mask)   # (B, N)
+        mask = self.mask(x)                                                                 # (B, N)
         y = self.restore(x, mask).float()                                                   # (B, N, P)
         if cfg.norm_pixels:
             y = y * (patches.var(2, keepdim=True) + 1e-6).sqrt() + patches.mean(2, keepdim=True)
@@ -485,12 +491,13 @@ def info_nce_loss(z, z_prime, tau):
 # Views, §III-A
 
 def views(images, cfg):
-    """uint8 images (B, 3, S, S) → two views by the same law, normalised (B, 3, img, img)."""
+    """uint8 images (B, 3, S, S) → two views by the same law, normalised (B, 3, img, img); one twice, --no-contrast."""
     def view():
         x = random_hflip(random_resized_crop(images, cfg.img, (cfg.crop_min, 1.0)))
         x = random_grayscale(color_jitter(x, p=cfg.jitter), cfg.gray)
         return normalize(gaussian_blur(x, cfg.blur))
-    return view(), view()
+    view1 = view()
+    return view1, (view() if cfg.contrast else view1)
 
 
 def train(cfg):
@@ -529,7 +536,8 @@ def train(cfg):
                                      [*model.encoder.parameters(), *model.g_theta.parameters()], None)
 
         step += 1
-        plb.note(m, losses["reconstruction"])
+        if cfg.mask_by != "random":
+            plb.note(m, losses["reconstruction"])
         run.log(step, losses, optimizer.param_groups[0]["lr"])
         if step % len(batches) == 0 and cfg.mask_by != "random":
             p = plb.p.tolist()                                                              # this epoch's

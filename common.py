@@ -15,7 +15,8 @@ from images import (Batches, UserError, adjust_brightness, adjust_contrast, adju
                     normalize, random_grayscale, random_hflip, random_resized_crop, resize)
 from pictures import draw_curves, draw_images
 
-RESUMABLE = {"resume", "tiny", "root", "device", "compile", "workers", "knn_every", "log_every", "test_every"}  # may change
+RESUMABLE = {  # these may change then
+    "resume", "tiny", "root", "device", "compile", "workers", "knn_every", "log_every", "test_every"}
 
 
 # Command line

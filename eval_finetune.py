@@ -137,8 +137,8 @@ def layer_groups(model, wd, decay):
 def mixup(images, targets, p, alpha):
     """Blends images (B, 3, H, W) and their targets (B, classes) with those of the batch in reverse order: with
     probability p an image keeps a share of itself by Beta(alpha, alpha), else all of it."""
-    share = torch.where(torch.rand(len(images)) < p, torch.distributions.Beta(alpha, alpha).sample(images.shape[:1]), 1.0)
-    share = share.to(images.device, non_blocking=True)[:, None]                             # (B, 1)
+    share = torch.distributions.Beta(alpha, alpha).sample((len(images), 1))                 # (B, 1)
+    share = torch.where(torch.rand(len(images), 1) < p, share, 1.0).to(images.device, non_blocking=True)
     return torch.lerp(images.flip(0), images, share[..., None, None]), torch.lerp(targets.flip(0), targets, share)
 
 
@@ -168,7 +168,8 @@ def train(cfg):
                f"{'from random weights' if cfg.scratch else 'pre-trained'}; not "
                f"{', '.join(part for part, _ in source.named_children() if part != 'encoder')}")
     if here.rank == 0:
-        print(f"{network}\n{len(images):,} labelled images, {len(test):,} test images, {len(classes)} classes", flush=True)
+        print(f"{network}\n{len(images):,} labelled images, {len(test):,} test images, {len(classes)} classes",
+              flush=True)
     net = DistributedDataParallel(model) if here.world > 1 else model
     net = torch.compile(net) if cfg.compile else net
     peak = cfg.lr * cfg.batch * here.world / 256                                            # MAE's rule

@@ -387,8 +387,8 @@ RANDAUGMENT = {  # what it does with images and s (B,): the strength -1…1, who
 
 
 def rand_augment(images, ops=2, magnitude=9):
-    """RandAugment (arXiv 1909.13719): `ops` of RANDAUGMENT for each image, by chance, at `magnitude`, 0…30; torchvision's
-    ranges, but for shears, which are about the centre. Square images."""
+    """RandAugment (arXiv 1909.13719): `ops` of RANDAUGMENT for each image, by chance, at `magnitude`, 0…30. Ranges are
+    torchvision's; shears are about the centre. Square images."""
     images = images.clone()
     for _ in range(ops):
         chosen, sign = torch.randint(len(RANDAUGMENT), (len(images),)), torch.randint(2, (len(images),)) * 2 - 1

@@ -112,7 +112,7 @@ class Config:
     lam_r: float = 1.0  # weight of the reconstruction, computed and logged at 0 too; ours
     tau: float = 0.2  # τ, temperature; ours: MoCo v2's
     bank: int = 4096  # keys of earlier steps as negatives, fewer than there are images; 0 for none; ours
-    keys: Literal["momentum", "shared"] = "momentum"  # keys are made by momentum averages, or the trained networks; ours
+    keys: Literal["momentum", "shared"] = "momentum"  # keys are of momentum averages or of the trained networks; ours
     momentum: float = 0.99  # of f_ξ and g_ξ, rising to 1 by a cosine; ours: MoCo v3's
     pool: Literal["mean", "cls"] = "mean"  # the features: mean of the patches' tokens or class token; ours
     restore: Literal["clean", "view"] = "clean"  # the target: the view before its colours were changed, or after; ours

@@ -17,8 +17,12 @@ def draw_curves(file, rows):
         points = [(float(row["epoch"]), float(row[name])) for row in rows if row.get(name, "") != ""]
         if points:
             panels.setdefault(re.sub(r" \w\w?$", "", name), {})[name] = points
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 2.8), layout="constrained")
-    for axis, (title, lines) in zip(axes, panels.items()):
+    columns, rows_of_panels = min(len(panels), 5), -(-len(panels) // 5)
+    figure, axes = plt.subplots(rows_of_panels, columns, figsize=(3.2 * columns, 2.8 * rows_of_panels),
+                                squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels):]:
+        axis.set_axis_off()
+    for axis, (title, lines) in zip(axes.flat, panels.items()):
         for name, points in lines.items():
             axis.plot(*zip(*points), marker="." if len(points) < 20 else None, label=name)
         if len(lines) > 1:

@@ -158,7 +158,8 @@ def test_mixup_blends_images_and_targets_alike():
     mixed, targets = eval_finetune.mixup(x, y, 0.6, 0.8)
     share = (targets * y).sum(1)                                                            # λ
     assert torch.allclose(targets.sum(1), torch.ones(1000))
-    assert torch.allclose(mixed, share[:, None, None, None] * x + (1 - share)[:, None, None, None] * x.flip(0), atol=1e-6)
+    lam = share[:, None, None, None]
+    assert torch.allclose(mixed, lam * x + (1 - lam) * x.flip(0), atol=1e-6)
     whole = share == 1
     assert whole.double().mean().item() == pytest.approx(0.4, abs=0.06)
     assert share[~whole].var().item() == pytest.approx(0.25 / (2 * 0.8 + 1), abs=0.02)      # of Beta(0.8, 0.8)
@@ -315,7 +316,7 @@ def test_flags_of_fine_tuning_are_its_fields_and_the_readme_knows_them(capsys):
     assert [name for name, _ in lines] == [field.name for field in fields(eval_finetune.Config)]
     assert all("--" + name.replace("_", "-") in packed and re.sub(r"\s", "", text) in packed for name, text in lines)
     text = (HERE / "README.md").read_text() + eval_finetune.__doc__
-    commands = re.findall(r"eval_finetune\.py (\S+)((?: --\S+(?: [^\s`|-]\S*)?)*)", text)
+    commands = re.findall(r"eval_finetune\.py (\S+)((?: --[\w-]+(?: [^\s`|-][^\s`]*)?)*)", text)
     assert len(commands) > 8
     for _, flags in commands:
         common.command_line("eval_finetune", eval_finetune.Config, eval_finetune.TINY, shlex.split(flags))
@@ -352,3 +353,22 @@ def test_show_draws_any_checkpoint_and_the_users_own_images(few, folder, tmp_pat
     assert show.main([str(out), "--out", str(tmp_path / "no" / "folder" / "a.png")]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 2 and "--images" in err and "--out" in err
+
+
+def test_panel_of_idm_shows_what_each_head_leaves():
+    model, x = build(SMALL["camae"]), normal(2, 3, 16, 16)
+    rows = show.idm_panel(model, x)
+    for k, row in enumerate(rows.values()):
+        mask = torch.zeros(2, 16, dtype=torch.bool).scatter(1, model.encoder.attention(x)[:, k].topk(12).indices, True)
+        hidden = mask.view(2, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+        assert torch.equal(row, x * ~hidden)
+    assert len(rows) == 3
+
+
+@pytest.mark.parametrize("restore", ["clean", "view"])
+def test_panel_of_branches_shows_both_and_their_targets(restore):
+    cfg = replace(SMALL["macrl"], gray_s=1.0, jitter_s=0.0, jitter_w=0.0, restore=restore)
+    rows = show.branch_panel(build(cfg), normal(8, 3, 16, 16))
+    s_view, s_masked, _, s_target, w_view, w_masked, _, w_target = rows.values()
+    assert (s_masked == s_view).double().mean() == 0.25 and (w_masked == w_view).double().mean() == 0.5
+    assert torch.equal(w_view, w_target) and torch.equal(s_view, s_target) == (restore == "view")

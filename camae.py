@@ -516,7 +516,8 @@ def train(cfg):
     steps, warmup = cfg.epochs * len(batches), cfg.warmup * len(batches)
 
     heads = range(1, cfg.heads + 1) if cfg.mask_by != "random" else ()
-    run = Run("camae", cfg, here, len(batches), [f"{name} head {m}" for name in ("loss of", "p of") for m in heads])
+    columns = [f"{name} of head {m}" for name in ("loss", "p") for m in heads]
+    run = Run("camae", cfg, here, len(batches), ["knn", *columns])
     step = run.resume(model=model, optimizer=optimizer, plb=plb)
     drawn = plb.draw(len(batches), cfg.seed, step // len(batches))                          # the epoch's heads
     while step < steps and not run.stopped:
@@ -544,7 +545,7 @@ def train(cfg):
             plb.end_epoch(cfg.lam if cfg.mask_by == "plb" else 0.0, cfg.eps)                # Eq. 4; λ = 0 keeps p even
             if here.rank == 0:
                 epoch = {"step": step, "epoch": step // len(batches)}
-                run.write({**epoch, **dict(zip(run.columns, plb.losses.tolist() + p))})
+                run.write({**epoch, **dict(zip(columns, plb.losses.tolist() + p))})
             drawn = plb.draw(len(batches), cfg.seed, step // len(batches))
         run.save(step, data, test, model=model, optimizer=optimizer, plb=plb)
     return run.finish()

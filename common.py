@@ -15,8 +15,8 @@ from images import (Batches, UserError, adjust_brightness, adjust_contrast, adju
                     normalize, random_grayscale, random_hflip, random_resized_crop, resize)
 from pictures import draw_curves, draw_images
 
-RESUMABLE = {  # these may change then
-    "resume", "tiny", "root", "device", "compile", "workers", "knn_every", "log_every", "test_every"}
+RESUMABLE = {  # these may change when a run is resumed
+    "resume", "run", "tiny", "root", "device", "compile", "workers", "knn_every", "log_every", "test_every"}
 
 
 # Command line
@@ -83,7 +83,7 @@ def answer(program, job):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         line, status = f"{error}{'; the last checkpoint is still good' if full else ''}", 2
     except torch.OutOfMemoryError:
-        line, status = "out of GPU memory: lower --batch, or --img, --dim or --depth, or take --device cpu", 2
+        line, status = "out of GPU memory: lower --batch, --img, --dim or --depth, or take --device cpu", 2
     except FloatingPointError as error:
         line, status = str(error), 1
     except KeyboardInterrupt:
@@ -106,7 +106,7 @@ def check_least(cfg, least, names):
 def check_training(cfg):
     """Raises UserError where a field that every training has is out of range."""
     check_least(cfg, 1, "epochs batch log_every")
-    check_least(cfg, 0, "wd warmup workers knn_every seed")
+    check_least(cfg, 0, "wd warmup workers seed")
     check(cfg.warmup < cfg.epochs, "--warmup", cfg.warmup, f"must be below --epochs {cfg.epochs}")
     check(cfg.seed < 2 ** 32, "--seed", cfg.seed, "must be below 2^32")
     check(0 < cfg.lr < math.inf, "--lr", cfg.lr, "must be above 0 (the rate for a batch of 256)")
@@ -116,6 +116,7 @@ def check_config(cfg):
     """Raises UserError where a field that every method has is out of range."""
     check_training(cfg)
     check_least(cfg, 1, "img patch dim depth heads")
+    check_least(cfg, 0, "knn_every")
     check(cfg.img % cfg.patch == 0, "--patch", cfg.patch, f"must divide --img {cfg.img}")
     check(cfg.dim % (4 * cfg.heads) == 0, "--dim", cfg.dim, f"must be a multiple of 4 times --heads {cfg.heads}")
 
@@ -254,10 +255,10 @@ def load_checkpoint(file, method=None, **parts):
 class Run:
     """The folder of a run: config, metrics, curves, pictures, checkpoints; only the first process writes.
 
-    After SIGINT or SIGTERM the loop finishes its step, `save` saves, and `stopped` is true. `columns`: what the method
-    writes once an epoch by `write`. Raises UserError for an --out that holds something.
+    After SIGINT or SIGTERM the loop finishes its step, `save` saves, and `stopped` is true. `columns`: what is
+    written once an epoch by `write`. Raises UserError for an --out that holds something.
     """
-    def __init__(self, method, cfg, here, per_epoch, columns=()):
+    def __init__(self, method, cfg, here, per_epoch, columns=("knn",)):
         self.folder = pathlib.Path(cfg.out or time.strftime(f"runs/{method}-%Y%m%d-%H%M%S"))
         self.method, self.cfg, self.here, self.per_epoch, self.columns = method, cfg, here, per_epoch, columns
         self.rows, self.sums, self.signal, self.drawn, self.logged, self.leaving, self.stopped = [], {}, 0, 0, 0, 0, 0
@@ -325,7 +326,7 @@ class Run:
         pace = (time.time() - self.clock) / (step - self.logged)
         if self.here.rank == 0:
             speed, epoch, epochs = self.cfg.batch * self.here.world / pace, step / self.per_epoch, self.cfg.epochs
-            row = {"step": step, "epoch": round(epoch, 4), "lr": lr, **dict.fromkeys(["knn", *self.columns], "")}
+            row = {"step": step, "epoch": round(epoch, 4), "lr": lr, **dict.fromkeys(self.columns, "")}
             self.write({**row, **means, "images_per_second": round(speed, 1)})
             left = datetime.timedelta(seconds=round((epochs - epoch) * self.per_epoch * pace))
             line = f"epoch {epoch:.2f}/{epochs}  step {step}  {terms}  {speed:,.0f} images/s  {left} left"
@@ -339,9 +340,9 @@ class Run:
     def save(self, step, train, test, model, **parts):
         """At the end of an epoch or after a signal: encoder.pt, kNN check and pictures if due, then the checkpoint.
 
-        train, test: (images, labels) of load_images; parts: what else the checkpoint holds. Pictures are drawn at most
-        once a minute, and at the end; of curves alone if test is None. Raises FloatingPointError if a weight is not
-        finite.
+        train, test: (images, labels) of load_images, or None for neither kNN nor images in the pictures; parts: what
+        else the checkpoint holds. Pictures are drawn at most once a minute, and at the end. Raises FloatingPointError
+        if a weight is not finite.
         """
         epoch, rest = divmod(step, self.per_epoch)
         if rest and not self.leaving:
@@ -350,7 +351,7 @@ class Run:
             if not all(p.isfinite().all() for p in model.parameters()):
                 raise FloatingPointError(f"a weight is not finite at step {step}; last good checkpoint: {self.last()}")
             save_file(model.encoder.state_dict(), self.folder / "encoder.pt")
-            if not rest and self.cfg.knn_every and epoch % self.cfg.knn_every == 0:
+            if train is not None and not rest and self.cfg.knn_every and epoch % self.cfg.knn_every == 0:
                 knn = online_knn(model.encoder, train, test, self.cfg, self.here)
                 self.write({"step": step, "epoch": epoch, "knn": knn})
                 print(f"{chr(10) * sys.stdout.isatty()}kNN top-1 after epoch {epoch}: {100 * knn:.1f} %", flush=True)

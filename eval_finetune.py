@@ -1,21 +1,26 @@
-"""How good a start is what was learned: end-to-end fine-tuning of any method's encoder with a linear head.
+"""Fine-tuning: how good a classifier any method's encoder becomes, trained end to end with a linear head.
 
     python eval_finetune.py runs/mvmae-DATE-TIME               a run, or one of its checkpoints (last.pt, previous.pt)
     python eval_finetune.py RUN --labels 0.01                  with 1 % of the labels, the same share of each class
-    python eval_finetune.py RUN --scratch                      the same network from random weights
+    python eval_finetune.py RUN --scratch --layer-decay 1      the same network from random weights, all layers alike
     python eval_finetune.py RUN --tiny                         settings for a small encoder, on a laptop
-    torchrun --nproc-per-node 8 eval_finetune.py RUN --batch 64                the papers' batch of 512, on eight GPUs
+    torchrun --nproc-per-node 8 eval_finetune.py RUN --batch 64                Multi-View MAE's batch, on eight GPUs
 
 After Multi-View MAE, §4.1.2: 100 epochs, batch 512, mixup with a probability of 0.8, RandAugment. What that leaves open
 is MAE's recipe (arXiv 2111.06377, Table 9): AdamW, rates that fall from layer to layer, label smoothing, stochastic
-depth; but neither its CutMix nor its code's random erasing, which no paper here names. CAMAE's 1 % and 10 % follow
-Barlow Twins, which fine-tunes for 20 epochs on crops and flips: the README has the flags.
+depth. Otherwise than there: an image has its own share in mixup, which all images of MAE's have, with 0.8 for the
+Beta's α; RandAugment's 9 is of 30, torchvision's, where MAE's code means nine tenths, a little varied
+(--rand-magnitude 27 comes near); there is neither its CutMix nor its code's random erasing. CutMix and colour jitter
+are hinted at by §4.1.3, without numbers.
 
-A run of it is a folder like those of pre-training, resumed in the same way; the run that it started from must still be
-there then. The last epoch counts: eval_finetune.json and confusion.png say how good it is on all test images.
+The encoder ends in its own norm and its own pooling, as in `features`; all its weights learn, MCLim's patch embedding
+too. Test images are taken whole. CAMAE's 1 % and 10 % follow Barlow Twins: the README has the flags.
+
+A fine-tuning is a folder like those of pre-training and is resumed in the same way; RUN must still be there, or be
+named anew. The last epoch counts: eval_finetune.json and confusion.png say how good it is on all test images.
 """
-import json, sys
-from dataclasses import dataclass
+import json, math, sys, time
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
@@ -36,17 +41,17 @@ from pictures import draw_confusion
 class Config:
     """Every setting, each a flag of the command line. Raises UserError for a value out of range."""
     # what is evaluated
-    run: str = ""  # folder of a pre-training, or a checkpoint of one; may stand first without --run; ours
+    run: str = ""  # folder of a pre-training, or a checkpoint of one; as the first word it needs no --run; ours
     scratch: bool = False  # the same network from random weights; ours
-    labels: float = 1.0  # share of the training images that have labels, alike in all classes; CAMAE Table V: 0.01, 0.1
+    labels: float = 1.0  # share of the labels to use, the same in each class; CAMAE Table V: 0.01, 0.1
     # regularisation
-    mixup: float = 0.8  # probability of mixup for an image, Multi-View MAE §4.1.2
-    mixup_alpha: float = 0.8  # mixed by Beta(α, α); ours: MAE's
-    rand_ops: int = 2  # operations of RandAugment for an image, 0 for none, Multi-View MAE §4.1.2; how many: ours
-    rand_magnitude: float = 9.0  # strength of RandAugment, 0 to 30; ours: RandAugment's
+    mixup: float = 0.8  # probability that an image is mixed with another, Multi-View MAE §4.1.2
+    mixup_alpha: float = 0.8  # it keeps a share of itself by Beta(α, α); ours: MAE's
+    rand_ops: int = 2  # operations of RandAugment for an image, Multi-View MAE §4.1.2; how many: ours, torchvision's
+    rand_magnitude: float = 9.0  # strength of RandAugment, 0 to 30; ours: torchvision's
     smoothing: float = 0.1  # label smoothing; ours: MAE's
-    drop_path: float = 0.1  # stochastic depth of the last block, rising to it from 0; ours: MAE's
-    crop_min: float = 0.08  # smallest crop, share of the area; ours: MAE's
+    drop_path: float = 0.1  # chance to drop a branch of the last block, falling to 0 at the first; ours: MAE's
+    crop_min: float = 0.08  # smallest crop, share of the area; ours: RandomResizedCrop's
     # optimisation
     layer_decay: float = 0.75  # a block's rate as a share of the next one's; ours: MAE's
     epochs: int = 100  # passes over the labelled images, Multi-View MAE §4.1.2
@@ -65,7 +70,6 @@ class Config:
     compile: bool = False  # torch.compile the model; ours
     workers: int = 0  # threads that decode a folder, 0 for one a core; ours
     log_every: int = 20  # steps between rows of metrics.csv; ours
-    knn_every: int = 0  # epochs between kNN checks of the encoder, 0 for none; ours
     test_every: int = 10  # epochs between tests on all test images, 0 for the last alone; ours
     tiny: bool = False  # settings for a small encoder, on a laptop; ours
 
@@ -74,7 +78,7 @@ class Config:
         check_least(self, 0, "rand_ops test_every")
         check(0 < self.labels <= 1, "--labels", self.labels, "must be above 0, at most 1")
         check(0 <= self.mixup <= 1, "--mixup", self.mixup, "is a probability: 0 to 1")
-        check(self.mixup_alpha > 0, "--mixup-alpha", self.mixup_alpha, "must be above 0")
+        check(0 < self.mixup_alpha < math.inf, "--mixup-alpha", self.mixup_alpha, "must be above 0")
         check(0 <= self.rand_magnitude <= 30, "--rand-magnitude", self.rand_magnitude, "must lie between 0 and 30")
         check(0 <= self.smoothing < 1, "--smoothing", self.smoothing, "must be below 1, not negative")
         check(0 <= self.drop_path < 1, "--drop-path", self.drop_path, "must be below 1, not negative")
@@ -95,43 +99,56 @@ def labelled(labels, share, seed):
 
 
 def blocks_of(encoder):
-    """Names of the residual blocks of an encoder, first to last: the modules that hold an `mlp`."""
+    """Names of the residual blocks of an encoder, first to last: the modules that hold an `mlp`. In HiViT's stem these
+    are single MLPs."""
     return [name.rpartition(".")[0] for name, _ in encoder.named_modules() if name.split(".")[-1] == "mlp"]
 
 
 class Classifier(nn.Module):
-    """An encoder, trained from its first layer on, and a linear head: images (B, 3, H, W) → scores (B, classes)."""
+    """An encoder, trained from its first layer on, and a linear head: images (B, 3, H, W) → scores (B, classes).
+
+    With stochastic depth: in training, each residual branch gives 0 for an image with a probability that rises from 0
+    in the first block to `drop_path` in the last.
+    """
     def __init__(self, encoder, classes, drop_path):
         super().__init__()
         self.encoder, blocks = encoder.requires_grad_(True), blocks_of(encoder)
         for i, block in enumerate(blocks):
-            self.drop(encoder.get_submodule(block), drop_path * i / max(1, len(blocks) - 1))
+            for name, branch in encoder.get_submodule(block).named_children():
+                if name in ("attn", "mlp"):
+                    branch.register_forward_hook(lambda module, _, out, p=drop_path * i / max(1, len(blocks) - 1):
+                                                 stochastic_depth(out, p, "row", module.training))
         self.head = nn.Linear(len(encoder.norm.weight), classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)                                   # MAE's
         nn.init.zeros_(self.head.bias)
 
-    def drop(self, block, p):
-        """Stochastic depth: in training each residual branch of `block` gives 0 for an image with probability p."""
-        for branch in (module for name, module in block.named_children() if name in ("attn", "mlp")):
-            branch.register_forward_hook(lambda module, _, out: stochastic_depth(out, p, "row", module.training))
-
     def forward(self, x):
-        return self.head(self.encoder.features(x))
+        z = self.encoder.features(x)                                                        # (B, D)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(z.float())
 
     features = forward  # what extract_features asks for
 
 
 def layer_groups(model, wd, decay):
-    """param_groups of a Classifier, divided by layers, each with the `scale` of its rate: 1 for the head and what
-    follows the last block, then `decay` times less with every block towards the input."""
+    """param_groups of a Classifier, divided by layers, each with the `scale` of its rate: 1 for the head and the last
+    norm, then `decay` times less with each block towards the input. What precedes the first block is a layer; what lies
+    between two blocks goes with the former."""
     blocks, layer, layers = blocks_of(model.encoder), 0, {}
-    for name, p in model.encoder.named_parameters():
-        inside = [i + 1 for i, block in enumerate(blocks) if name.startswith(f"{block}.")]
-        layer = inside[0] if inside else layer + (layer == len(blocks))
-        layers[p] = layer
     last = len(blocks) + 1
-    return [{**group, "params": params, "scale": decay ** (last - layer)} for group in param_groups(model, wd)
-            for layer in range(last + 1) if (params := [p for p in group["params"] if layers.get(p, last) == layer])]
+    for name, p in model.encoder.named_parameters():                                        # in the order of the layers
+        inside = [i for i, block in enumerate(blocks, 1) if name.startswith(f"{block}.")]
+        if inside:
+            layer = inside[0]
+        elif layer == len(blocks):
+            layer = last
+        layers[p] = layer
+    groups = []
+    for group in param_groups(model, wd):
+        for layer in range(last + 1):
+            params = [p for p in group["params"] if layers.get(p, last) == layer]
+            groups.append({**group, "params": params, "scale": decay ** (last - layer)})
+    return [group for group in groups if group["params"]]
 
 
 def mixup(images, targets, p, alpha):
@@ -152,40 +169,40 @@ def train(cfg):
     """Fine-tunes as `cfg` says; returns the run's folder. Raises UserError, FloatingPointError, SystemExit on a
     signal."""
     check(cfg.run, "RUN", "missing", "name the folder of a pre-training: eval_finetune.py RUN")
-    here = start_processes(cfg.device)
-    source, pre = load_model(cfg.run, trained=not cfg.scratch)
+    began, here = time.time(), start_processes(cfg.device)
+    source, pre = load_model(cfg.run, trained=not cfg.scratch, seed=cfg.seed)
+    encoder, others = source.encoder, [name for name, _ in source.named_children() if name != "encoder"]
+    del source
     name, root = cfg.data or pre.data, cfg.root or pre.root
     images, labels = load_images(name, "train", pre.img, root, cfg.workers, pre.seed)
     test, truth = load_images(name, "test", pre.img, root, cfg.workers, pre.seed)
-    classes, ids = class_names(name, root), labelled(labels, cfg.labels, cfg.seed)
-    images, labels = (images, labels) if len(ids) == len(labels) else (images[ids], labels[ids])
-    batches, labels = Batches(images, cfg.batch, cfg.seed, here), labels.to(here.device)
+    classes, kept = class_names(name, root), labelled(labels, cfg.labels, cfg.seed)
+    batches = Batches(images, cfg.batch, cfg.seed, here, among=kept)
 
     torch.manual_seed(cfg.seed)
-    model = Classifier(source.encoder, len(classes), cfg.drop_path).to(here.device)
-    network = (f"the encoder of {cfg.run}, {type(pre).__module__}.py, "
-               f"{sum(p.numel() for p in model.encoder.parameters()) / 1e6:.2f} M parameters, "
-               f"{'from random weights' if cfg.scratch else 'pre-trained'}; not "
-               f"{', '.join(part for part, _ in source.named_children() if part != 'encoder')}")
+    model = Classifier(encoder, len(classes), cfg.drop_path).to(here.device)
+    network = (f"{type(encoder).__name__} of {type(pre).__module__}.py, {cfg.run}, "
+               f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters, "
+               f"{'from random weights' if cfg.scratch else 'pre-trained'}; left aside: {', '.join(others)}")
     if here.rank == 0:
-        print(f"{network}\n{len(images):,} labelled images, {len(test):,} test images, {len(classes)} classes",
+        print(f"{network}\n{len(kept):,} labelled images, {len(test):,} test images, {len(classes)} classes",
               flush=True)
     net = DistributedDataParallel(model) if here.world > 1 else model
     net = torch.compile(net) if cfg.compile else net
     peak = cfg.lr * cfg.batch * here.world / 256                                            # MAE's rule
-    optimizer = torch.optim.AdamW(layer_groups(model, cfg.wd, cfg.layer_decay), lr=peak, fused=True)
+    optimizer = torch.optim.AdamW(layer_groups(model, cfg.wd, cfg.layer_decay), lr=peak, fused=True)  # MAE's betas
     steps, warmup = cfg.epochs * len(batches), cfg.warmup * len(batches)
 
-    run = Run("eval_finetune", cfg, here, len(batches), ["test top 1", "test top 5"])
+    run = Run("eval_finetune", cfg, here, len(batches), columns=["test top 1", "test top 5"])
     step = run.resume(model=model, optimizer=optimizer)
     while step < steps and not run.stopped:
         seed_step(cfg.seed, step, here.rank)
         x = views(batches[step], pre.img, cfg)
-        mine = labels[batches.ids(step).to(here.device, non_blocking=True)]                 # (B,)
-        x, targets = mixup(x, F.one_hot(mine, len(classes)).float(), cfg.mixup, cfg.mixup_alpha)
+        targets = F.one_hot(labels[batches.ids(step)], len(classes)).float()                # (B, classes)
+        x, targets = mixup(x, targets.to(here.device, non_blocking=True), cfg.mixup, cfg.mixup_alpha)
         with autocast(here.device, cfg.amp):
             scores = net(x)                                                                 # (B, classes)
-        loss = F.cross_entropy(scores.float(), targets, label_smoothing=cfg.smoothing)
+        loss = F.cross_entropy(scores, targets, label_smoothing=cfg.smoothing)
         loss.backward()
         rate = cosine_lr(step, steps, warmup, peak)
         for group in optimizer.param_groups:
@@ -197,17 +214,18 @@ def train(cfg):
         run.log(step, {"loss": loss}, rate)
         epoch, rest = divmod(step, len(batches))
         if not rest and here.rank == 0 and (step == steps or cfg.test_every and epoch % cfg.test_every == 0):
-            scores = extract_features(model.eval(), test, pre.img, here, cfg.amp).cpu()     # (N, classes)
+            answers = extract_features(model.eval(), test, pre.img, here, cfg.amp).cpu()    # (N, classes)
             model.train()
-            row = {"test top 1": top(scores, truth, 1), "test top 5": top(scores, truth, 5)}
-            run.write({"step": step, "epoch": epoch, **row})
-            print(f"after epoch {epoch}: {row['test top 1']} % of the test images right, "
-                  f"{row['test top 5']} % among the best five", flush=True)
+            top1, top5 = top(answers, truth, 1), top(answers, truth, 5)
+            run.write({"step": step, "epoch": epoch, "test top 1": top1, "test top 5": top5})
+            print(f"{chr(10) * sys.stdout.isatty()}after epoch {epoch}: {top1} % of the test images right, "
+                  f"{top5} % among the best five", flush=True)
             if step == steps:
-                report = {"network": network, "data": name, "labels": cfg.labels, "labelled images": len(images),
-                          "percent": {"top1": row["test top 1"], "top5": row["test top 5"]}}
+                report = {"network": network, "data": name, "labelled images": len(kept), "test images": len(test),
+                          "percent": {"top1": top1, "top5": top5}, "config": asdict(cfg),
+                          "seconds since start or resume": round(time.time() - began, 1)}
                 (run.folder / "eval_finetune.json").write_text(json.dumps(report, indent=1) + "\n")
-                draw_confusion(run.folder / "confusion.png", truth, scores.argmax(1), classes, "fine-tuned network")
+                draw_confusion(run.folder / "confusion.png", truth, answers.argmax(1), classes, "fine-tuned network")
         run.save(step, None, None, model=model, optimizer=optimizer)
     return run.finish(following="")
 

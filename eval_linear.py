@@ -29,8 +29,9 @@ def model_class(module):
     return next(value for name, value in vars(module).items() if name.lower() == module.__name__)
 
 
-def load_model(file, trained=True):
-    """The model of a checkpoint, or with trained=False the same from its seed, and its Config. Raises UserError."""
+def load_model(file, trained=True, seed=None):
+    """The model of a checkpoint, or with trained=False the same from `seed` (None: its own), and its Config. Raises
+    UserError."""
     state = load_checkpoint(file)
     method = state["method"]
     check(pathlib.Path(__file__).with_name(f"{method}.py").exists(), "checkpoint", file, f"is of an unknown {method}")
@@ -40,7 +41,7 @@ def load_model(file, trained=True):
         cfg = module.Config(**state["config"])
     except TypeError as error:
         raise UserError(f"checkpoint {file}: its settings are not those of this {method}.py ({error})") from error
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed if seed is None else seed)
     model = model_class(module)(cfg)
     if trained:
         load_checkpoint(file, method, model=model)

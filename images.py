@@ -183,23 +183,26 @@ class Batches:
     """`batches[step]`: this process's share of the images of a step, uint8 (B, 3, S, S) on its device.
 
     An epoch runs over all images in an order that (seed, epoch) alone decides, and leaves out what fills no batch.
-    Images stay on the GPU if they take less than a quarter of it; else they stream from memory or the mapped file.
+    `among`: ids of the images that it runs over, if not all. Images stay on the GPU if they take less than a quarter of
+    it; else they stream from memory or the mapped file.
     """
-    def __init__(self, images, batch, seed, here):
-        check(batch * here.world <= len(images), "--batch", batch, f"there are only {len(images)} training images")
+    def __init__(self, images, batch, seed, here, among=None):
+        self.among = torch.arange(len(images)) if among is None else among
+        check(batch * here.world <= len(self.among), "--batch", batch,
+              f"there are only {len(self.among)} training images")
         room = torch.cuda.mem_get_info(here.device)[0] // 4 if here.device.type == "cuda" else 0
         self.images = images.to(here.device) if images.nbytes < room else images
         self.batch, self.seed, self.here, self.epoch = batch, seed, here, None
 
     def __len__(self):
-        return len(self.images) // (self.batch * self.here.world)
+        return len(self.among) // (self.batch * self.here.world)
 
     def ids(self, step):
         """Which images `batches[step]` holds, int64 (B,)."""
         epoch, i = divmod(step, len(self))
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self.epoch, self.order = epoch, torch.randperm(len(self.images), generator=generator)
+            self.epoch, self.order = epoch, self.among[torch.randperm(len(self.among), generator=generator)]
         return self.order[(i * self.here.world + self.here.rank) * self.batch:][:self.batch]
 
     def __getitem__(self, step):
@@ -371,7 +374,7 @@ def solarize(images, threshold):
     return torch.where(images >= threshold[:, None, None, None], 1 - images, images)
 
 
-RANDAUGMENT = {  # what it does with images and s (B,): the strength -1…1, whose sign half of the operations leave aside
+RANDAUGMENT = {  # what it does with images and s (B,): the strength -1…1; five of them leave its sign aside
     "identity": lambda x, s: x,
     "shear x": lambda x, s: warp(x, xy=0.3 * s), "shear y": lambda x, s: warp(x, yx=0.3 * s),
     "translate x": lambda x, s: warp(x, x=2 * 150 / 331 * s),
@@ -388,7 +391,7 @@ RANDAUGMENT = {  # what it does with images and s (B,): the strength -1…1, who
 
 def rand_augment(images, ops=2, magnitude=9):
     """RandAugment (arXiv 1909.13719): `ops` of RANDAUGMENT for each image, by chance, at `magnitude`, 0…30. Ranges are
-    torchvision's; shears are about the centre. Square images."""
+    torchvision's; geometry is bilinear, shears are about the centre. Square images."""
     images = images.clone()
     for _ in range(ops):
         chosen, sign = torch.randint(len(RANDAUGMENT), (len(images),)), torch.randint(2, (len(images),)) * 2 - 1

@@ -1,5 +1,5 @@
 """Tests of what is done with a finished run: linear probe, fine-tuning, pictures."""
-import csv, inspect, json, math, re, shlex
+import csv, inspect, json, math, os, re, shlex
 from dataclasses import fields, replace
 
 import pytest
@@ -67,6 +67,13 @@ def test_translations_of_randaugment_move_by_a_share_of_the_side():
             gone = slice(None, -n or None) if n >= 0 else slice(-n, None)
             a, b = (image.movedim(dim - 1, 0) for image in (before, after))
             assert torch.allclose(a[kept], b[gone], atol=1e-3)
+
+
+def test_strength_of_randaugment_is_of_30():
+    torch.manual_seed(0)
+    x = torch.rand(1, 3, 16, 16).expand(300, -1, -1, -1)
+    bright = [out for out in images.rand_augment(x, 1, 10) if torch.allclose(out, (x[0] * 1.3).clamp(max=1), atol=1e-5)]
+    assert 2 <= len(bright) <= 25                                                           # 1 of 14, and of two signs
 
 
 def test_randaugment_draws_operations_for_each_image():
@@ -202,7 +209,7 @@ def pretrained(few, tmp_path, monkeypatch):
 
 
 def settings(run, out, **change):
-    return replace(eval_finetune.TINY, run=run, batch=8, epochs=3, log_every=1, out=str(out), **change)
+    return replace(eval_finetune.TINY, **{"run": run, "batch": 8, "epochs": 3, "log_every": 1, "out": str(out), **change})
 
 
 @every_method
@@ -229,11 +236,12 @@ def test_fine_tuning_writes_what_it_found(pretrained, tmp_path, method, capsys):
 
 
 def test_fine_tuning_begins_at_the_run_or_at_random_weights(pretrained, tmp_path):
-    run, still = pretrained("mvmae"), {"lr": 1e-9, "wd": 0.0}
+    run, still = pretrained("mvmae"), {"lr": 1e-9, "wd": 0.0, "seed": 7}
     for scratch in (False, True):
         out = eval_finetune.train(settings(run, tmp_path / str(scratch), scratch=scratch, **still))
         encoder = torch.load(out / "encoder.pt", weights_only=True)
-        for name, value in eval_linear.load_model(run, trained=not scratch)[0].encoder.state_dict().items():
+        first = build(replace(SMALL["mvmae"], seed=7)) if scratch else eval_linear.load_model(run)[0]
+        for name, value in first.encoder.state_dict().items():
             assert torch.allclose(encoder[name], value, atol=1e-6), name
         assert ("random weights" in json.loads((out / "eval_finetune.json").read_text())["network"]) == scratch
 
@@ -249,6 +257,44 @@ def test_rates_of_the_layers_are_those_of_the_schedule(pretrained, tmp_path, mon
         rate = common.cosine_lr(i, 15, 5, 1e-3 * 8 / 256)
         assert all(lr == pytest.approx(rate * scale) for lr, scale in groups)
         assert {scale for _, scale in groups} == {1, 0.5, 0.25, 0.125}
+
+
+@pytest.mark.parametrize("labels, mixed", [(0.5, 0.0), (1.0, 1.0)])
+def test_the_loop_of_fine_tuning(pretrained, tmp_path, labels, mixed, monkeypatch):
+    """Its images keep their own labels, are mixed and smoothed, and the network is in training after a test, too."""
+    x, y = eval_finetune.load_images("shapes", "train")
+    monkeypatch.setattr(eval_finetune, "load_images", lambda *_: (y[:, None, None, None].expand_as(x).byte(), y))
+    seen, trains, loss, forward = [], [], F.cross_entropy, eval_finetune.Classifier.forward
+
+    def cross_entropy(scores, targets, label_smoothing):
+        seen.append((scores, targets))
+        assert label_smoothing == 0.2 and scores.dtype == torch.float32
+        return loss(scores, targets, label_smoothing=label_smoothing)
+
+    def forward_and_tell(model, x):
+        trains.append(model.training)
+        return forward(model, x)
+
+    images_seen = []
+    monkeypatch.setattr(eval_finetune.F, "cross_entropy", cross_entropy)
+    monkeypatch.setattr(eval_finetune.Classifier, "forward", forward_and_tell)
+    monkeypatch.setattr(eval_finetune, "views", lambda x, img, cfg: images_seen.append(x) or x / 255)
+    eval_finetune.train(settings(pretrained("mclim"), tmp_path / "run", labels=labels, mixup=mixed, smoothing=0.2,
+                                 test_every=1, epochs=2, warmup=0))
+    assert len(seen) == 2 * (5 if labels == 1 else 2) and all(trains)
+    for (_, targets), x in zip(seen, images_seen):
+        own = F.one_hot(x[:, 0, 0, 0].long(), 10).float()
+        assert torch.equal(targets, own) == (mixed == 0)
+        assert mixed == 0 or torch.equal((targets > 0).any(0), (own > 0).any(0))
+
+
+def test_a_fine_tuning_goes_on_where_its_run_was_moved(pretrained, tmp_path):
+    run = pretrained("mvmae")
+    out = eval_finetune.train(settings(run, tmp_path / "tuned", test_every=0))
+    os.rename(run, f"{run}-moved")
+    assert eval_finetune.main(["--resume", str(out)]) == 2
+    assert eval_finetune.main([f"{run}-moved", "--resume", str(out)]) == 0
+    assert [row["epoch"] for row in metrics(out) if row["test top 1"]] == ["3"]
 
 
 def test_a_resumed_fine_tuning_ends_in_the_same_weights(pretrained, tmp_path, monkeypatch):
@@ -272,14 +318,20 @@ def test_a_resumed_fine_tuning_ends_in_the_same_weights(pretrained, tmp_path, mo
     ours, reference = weights(tmp_path / "killed"), weights(tmp_path / "whole")
     assert ours.keys() == reference.keys() and all(torch.equal(ours[k], reference[k]) for k in ours)
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-    assert (tmp_path / "killed" / "eval_finetune.json").read_text() == (
-        tmp_path / "whole" / "eval_finetune.json").read_text()
+    reports = [json.loads((tmp_path / name / "eval_finetune.json").read_text()) for name in ("killed", "whole")]
+    assert reports[0]["percent"] == reports[1]["percent"] and reports[0]["labelled images"] == 20
 
 
 @pytest.mark.parametrize("command, words", [
     ("", ["RUN", "name the folder"]),
     ("{tmp}/nowhere", ["nowhere", "does not exist"]),
     ("{run} --labels 2", ["--labels", "2.0", "at most 1"]),
+    ("{run} --rand-ops -1", ["--rand-ops", "-1", "at least 0"]),
+    ("{run} --test-every -1", ["--test-every", "-1", "at least 0"]),
+    ("{run} --mixup-alpha inf", ["--mixup-alpha", "inf", "above 0"]),
+    ("{run} --smoothing 1", ["--smoothing", "1.0", "below 1"]),
+    ("{run} --drop-path 1", ["--drop-path", "1.0", "below 1"]),
+    ("{run} --crop-min 0", ["--crop-min", "0.0", "between 0 and 1"]),
     ("{run} --mixup 2", ["--mixup", "2.0", "0 to 1"]),
     ("{run} --layer-decay 0", ["--layer-decay", "0.0", "above 0"]),
     ("{run} --rand-magnitude 31", ["--rand-magnitude", "31.0", "30"]),

@@ -11,8 +11,8 @@ from torchvision.transforms import InterpolationMode
 
 import common, eval_finetune, eval_linear, eval_speed, images, mclim, show
 from test_papers import BACKBONES
-from test_smoke import (HERE, METHODS, MODULES, SMALL, build, every_method, few, folder, metrics, normal, torchrun,
-                        weights)  # few and folder are fixtures
+from test_smoke import (HERE, METHODS, MODULES, SMALL, build, every_method, few, folder, killed_and_resumed, metrics,
+                        normal, torchrun)  # few and folder are fixtures
 
 
 def test_linear_probe_separates_what_is_separable():
@@ -209,7 +209,8 @@ def pretrained(few, tmp_path, monkeypatch):
 
 
 def settings(run, out, **change):
-    return replace(eval_finetune.TINY, **{"run": run, "batch": 8, "epochs": 3, "log_every": 1, "out": str(out), **change})
+    usual = {"run": run, "out": str(out), "batch": 8, "epochs": 3, "log_every": 1}
+    return replace(eval_finetune.TINY, **{**usual, **change})
 
 
 @every_method
@@ -298,26 +299,8 @@ def test_a_fine_tuning_goes_on_where_its_run_was_moved(pretrained, tmp_path):
 
 
 def test_a_resumed_fine_tuning_ends_in_the_same_weights(pretrained, tmp_path, monkeypatch):
-    cfg = settings(pretrained("camae"), tmp_path / "whole", mixup=0.5, drop_path=0.5, labels=0.5)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    eval_finetune.train(cfg)
-    save = common.Run.save
-
-    def save_and_die(run, step, *args, **parts):
-        save(run, step, *args, **parts)
-        if step == 3:  # one step after the end of the first epoch
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(common.Run, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        eval_finetune.train(replace(cfg, out=str(tmp_path / "killed")))
-    monkeypatch.setattr(common.Run, "save", save)
-    assert eval_finetune.main(["--resume", str(tmp_path / "killed")]) == 0
-    torch.set_num_threads(threads)
-    ours, reference = weights(tmp_path / "killed"), weights(tmp_path / "whole")
-    assert ours.keys() == reference.keys() and all(torch.equal(ours[k], reference[k]) for k in ours)
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    cfg = settings(pretrained("camae"), "", mixup=0.5, drop_path=0.5, labels=0.5)           # 20 images
+    killed_and_resumed(eval_finetune, cfg, tmp_path, monkeypatch)
     reports = [json.loads((tmp_path / name / "eval_finetune.json").read_text()) for name in ("killed", "whole")]
     assert reports[0]["percent"] == reports[1]["percent"] and reports[0]["labelled images"] == 20
 

@@ -534,30 +534,34 @@ def metrics(folder):
     return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows]
 
 
+def killed_and_resumed(module, cfg, tmp_path, monkeypatch):
+    """Asserts that a run which dies a step after its first epoch, of two steps, ends, resumed, like one that does not."""
+    save, threads = common.Run.save, torch.get_num_threads()
+
+    def save_and_die(run, step, *args, **parts):
+        save(run, step, *args, **parts)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    torch.set_num_threads(1)
+    module.train(replace(cfg, out=str(tmp_path / "whole")))
+    monkeypatch.setattr(common.Run, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        module.train(replace(cfg, out=str(tmp_path / "killed")))
+    monkeypatch.setattr(common.Run, "save", save)
+    assert module.main(["--resume", str(tmp_path / "killed")]) == 0
+    torch.set_num_threads(threads)
+    ours, reference = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert ours.keys() == reference.keys() and all(torch.equal(ours[k], reference[k]) for k in ours)
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+
+
 @every_method
 def test_a_run_resumed_after_its_first_epoch_ends_in_the_same_weights(few, tmp_path, method, monkeypatch):
     own = {"cmae": {"crop_from": 0, "crop_every": 2, "k": 0.5},  # boxes of epoch 0 serve in epoch 1
            "macrl": {"bank": 40}}  # of keys of two steps and a half
     cfg = replace(SMALL[method], epochs=3, log_every=1, data="shapes", **own.get(method, {}))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    MODULES[method].train(replace(cfg, out=str(tmp_path / "whole")))
-    save = common.Run.save
-
-    def save_and_die(run, step, *args, **parts):
-        save(run, step, *args, **parts)
-        if step == 3:  # one step after the end of the first epoch
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(common.Run, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        MODULES[method].train(replace(cfg, out=str(tmp_path / "killed")))
-    monkeypatch.setattr(common.Run, "save", save)
-    assert MODULES[method].main(["--resume", str(tmp_path / "killed")]) == 0
-    torch.set_num_threads(threads)
-    ours, reference = weights(tmp_path / "killed"), weights(tmp_path / "whole")
-    assert ours.keys() == reference.keys() and all(torch.equal(ours[k], reference[k]) for k in ours)
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    killed_and_resumed(MODULES[method], cfg, tmp_path, monkeypatch)
 
 
 def test_a_killed_and_resumed_run_ends_in_the_same_weights(tmp_path):

@@ -248,16 +248,16 @@ def test_fine_tuning_begins_at_the_run_or_at_random_weights(pretrained, tmp_path
 
 
 def test_rates_of_the_layers_are_those_of_the_schedule(pretrained, tmp_path, monkeypatch):
-    cfg, seen = settings(pretrained("mvmae"), tmp_path / "run", layer_decay=0.5, lr=1e-3), []
+    cfg, seen = settings(pretrained("mvmae"), tmp_path / "run", layer_decay=0.5, lr=1e-3, wd=0.3), []
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: seen.append(
-        [(group["lr"], group["scale"]) for group in self.param_groups]) or step(self))
+        [(group["lr"], group["scale"], group["weight_decay"]) for group in self.param_groups]) or step(self))
     eval_finetune.train(cfg)
     assert len(seen) == 15
     for i, groups in enumerate(seen):
         rate = common.cosine_lr(i, 15, 5, 1e-3 * 8 / 256)
-        assert all(lr == pytest.approx(rate * scale) for lr, scale in groups)
-        assert {scale for _, scale in groups} == {1, 0.5, 0.25, 0.125}
+        assert all(lr == pytest.approx(rate * scale) for lr, scale, _ in groups)
+        assert {scale for _, scale, _ in groups} == {1, 0.5, 0.25, 0.125} and {wd for *_, wd in groups} == {0, 0.3}
 
 
 @pytest.mark.parametrize("labels, mixed", [(0.5, 0.0), (1.0, 1.0)])
@@ -265,7 +265,7 @@ def test_the_loop_of_fine_tuning(pretrained, tmp_path, labels, mixed, monkeypatc
     """Its images keep their own labels, are mixed and smoothed, and the network is in training after a test, too."""
     x, y = eval_finetune.load_images("shapes", "train")
     monkeypatch.setattr(eval_finetune, "load_images", lambda *_: (y[:, None, None, None].expand_as(x).byte(), y))
-    seen, trains, loss, forward = [], [], F.cross_entropy, eval_finetune.Classifier.forward
+    seen, trains, dropped, loss, forward = [], [], set(), F.cross_entropy, eval_finetune.Classifier.forward
 
     def cross_entropy(scores, targets, label_smoothing):
         seen.append((scores, targets))
@@ -274,18 +274,22 @@ def test_the_loop_of_fine_tuning(pretrained, tmp_path, labels, mixed, monkeypatc
 
     def forward_and_tell(model, x):
         trains.append(model.training)
+        fed.append(x)
         return forward(model, x)
 
-    images_seen = []
+    images_seen, fed, seeds, seed_step = [], [], [], eval_finetune.seed_step
+    monkeypatch.setattr(eval_finetune, "seed_step", lambda *args: seeds.append(args) or seed_step(*args))
+    monkeypatch.setattr(eval_finetune, "stochastic_depth", lambda x, p, *_: dropped.add(p) or x)
     monkeypatch.setattr(eval_finetune.F, "cross_entropy", cross_entropy)
     monkeypatch.setattr(eval_finetune.Classifier, "forward", forward_and_tell)
     monkeypatch.setattr(eval_finetune, "views", lambda x, img, cfg: images_seen.append(x) or x / 255)
     eval_finetune.train(settings(pretrained("mclim"), tmp_path / "run", labels=labels, mixup=mixed, smoothing=0.2,
-                                 test_every=1, epochs=2, warmup=0))
-    assert len(seen) == 2 * (5 if labels == 1 else 2) and all(trains)
-    for (_, targets), x in zip(seen, images_seen):
+                                 drop_path=0.4, test_every=1, epochs=2, warmup=0))
+    assert dropped == {0.0, 0.4} and len(seen) == 2 * (5 if labels == 1 else 2) and all(trains)
+    assert seeds == [(0, step, 0) for step in range(len(seen))]
+    for (_, targets), x, given in zip(seen, images_seen, fed):
         own = F.one_hot(x[:, 0, 0, 0].long(), 10).float()
-        assert torch.equal(targets, own) == (mixed == 0)
+        assert torch.equal(targets, own) == torch.equal(given, x / 255) == (mixed == 0)
         assert mixed == 0 or torch.equal((targets > 0).any(0), (own > 0).any(0))
 
 

@@ -73,7 +73,9 @@ Where this file departs from the paper. Where that is silent, the contrast follo
     python eval_linear.py runs/camae-DATE-TIME               kNN and linear probe of what came out
     python show.py runs/camae-DATE-TIME                      attention maps and their masks: Figures 2 and 3
 
-Measured: not yet.
+Measured: --tiny, 2 epochs of CIFAR-10 (JPEG) on one CPU core: kNN 47.7 %, linear probe 50.5 % (untrained 34.0, 44.1);
+with --mask-by random 47.9, 51.6; with idm 47.6, 50.3. The paper's configuration is not measured yet. Commands and the
+rest: RESULTS.md.
 """
 import copy, math, sys
 from collections import OrderedDict

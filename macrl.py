@@ -83,7 +83,8 @@ What the abstract does not say. That the paper has a projector and a memory bank
     python eval_linear.py runs/macrl-DATE-TIME                              kNN and linear probe of what came out
     python show.py runs/macrl-DATE-TIME                                     what both branches saw and restored
 
-Measured: not yet. The abstract gives no figure to set beside.
+Measured: --tiny, 5 epochs of CIFAR-10 (JPEG) on one CPU core: kNN 47.7 %, linear probe 51.7 % (untrained 33.6, 43.6).
+The defaults are not measured yet, and the abstract gives no figure to set beside. Commands and the rest: RESULTS.md.
 """
 import copy, math, sys
 from collections import OrderedDict

@@ -28,7 +28,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def command_line(method, Config, TINY, argv=None):
-    """The Config that `argv` asks for: a field is a flag, its comment the help, its Literal the choices.
+    """The Config that `argv` asks for: a field is a flag (`run`: a bare word), its comment the help, its Literal the
+    choices.
 
     What is typed goes over TINY with --tiny, over the run's own config with --resume. Raises UserError.
     """
@@ -36,12 +37,14 @@ def command_line(method, Config, TINY, argv=None):
     about = inspect.getdoc(sys.modules[Config.__module__]).split("\n\n")[0]
     parser = Parser(f"{method}.py", description=about, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name, kind in typing.get_type_hints(Config).items():
-        form = ({"action": argparse.BooleanOptionalAction} if kind is bool else
+        form = ({"nargs": "?", "metavar": "RUN"} if name == "run" else
+                {"action": argparse.BooleanOptionalAction} if kind is bool else
                 {"choices": typing.get_args(kind)} if typing.get_origin(kind) is typing.Literal else
                 {"type": kind, "metavar": kind.__name__.upper()})
         text = f"{comments[name]} (default: {getattr(Config, name)!r}, tiny: {getattr(TINY, name)!r})"
-        parser.add_argument("--" + name.replace("_", "-"), help=text.replace("%", "%%"), **form)
-    typed = vars(parser.parse_args(argv))
+        word = name if name == "run" else "--" + name.replace("_", "-")
+        parser.add_argument(word, help=text.replace("%", "%%"), **form)
+    typed = vars(parser.parse_intermixed_args(argv))
     if "resume" not in typed:
         return dataclasses.replace(TINY if typed.get("tiny") else Config(), **typed)
     run = pathlib.Path(typed["resume"])

@@ -41,7 +41,7 @@ from pictures import draw_confusion
 class Config:
     """Every setting, each a flag of the command line. Raises UserError for a value out of range."""
     # what is evaluated
-    run: str = ""  # folder of a pre-training, or a checkpoint of one; as the first word it needs no --run; ours
+    run: str = ""  # folder of a pre-training, or a checkpoint of one; ours
     scratch: bool = False  # the same network from random weights; ours
     labels: float = 1.0  # share of the labels to use, the same in each class; CAMAE Table V: 0.01, 0.1
     # regularisation
@@ -231,10 +231,8 @@ def train(cfg):
 
 
 def main(argv=None):
-    """The command line, RUN first; returns the exit status of common's `answer`."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    bare = argv[:1] and not argv[0].startswith("-")
-    return launch("eval_finetune", Config, TINY, train, ["--run", *argv] if bare else argv)
+    """The command line; returns the exit status."""
+    return launch("eval_finetune", Config, TINY, train, argv)
 
 
 if __name__ == "__main__":

@@ -353,12 +353,20 @@ def test_flags_of_fine_tuning_are_its_fields_and_the_readme_knows_them(capsys):
     packed = re.sub(r"\s", "", capsys.readouterr().out)
     lines = re.findall(r"(?m)^    (\w+): .*?  # (.*)$", inspect.getsource(eval_finetune.Config))
     assert [name for name, _ in lines] == [field.name for field in fields(eval_finetune.Config)]
-    assert all("--" + name.replace("_", "-") in packed and re.sub(r"\s", "", text) in packed for name, text in lines)
+    assert all(("--" + name.replace("_", "-") in packed or name == "run") and re.sub(r"\s", "", text) in packed
+               for name, text in lines)
+
+    def parse(text):
+        return common.command_line("eval_finetune", eval_finetune.Config, eval_finetune.TINY, shlex.split(text))
+
+    assert parse("") == eval_finetune.Config()
+    assert parse("RUN --tiny") == parse("--tiny RUN") == replace(eval_finetune.TINY, run="RUN")
+    assert parse("--labels 0.1 RUN --no-amp") == eval_finetune.Config(run="RUN", labels=0.1, amp=False)
     text = (HERE / "README.md").read_text() + eval_finetune.__doc__
     commands = re.findall(r"eval_finetune\.py (\S+)((?: --[\w-]+(?: [^\s`|-][^\s`]*)?)*)", text)
     assert len(commands) > 8
-    for _, flags in commands:
-        common.command_line("eval_finetune", eval_finetune.Config, eval_finetune.TINY, shlex.split(flags))
+    for run, flags in commands:
+        assert parse(run + flags).run == run
 
 
 def test_fine_tuning_learns_shapes(few, tmp_path):

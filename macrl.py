@@ -372,7 +372,7 @@ class Bank(nn.Module):
     def __init__(self, M, width):
         super().__init__()
         self.register_buffer("keys", F.normalize(torch.randn(M, width), dim=1))
-        self.register_buffer("next", torch.zeros((), dtype=torch.long))                     # how many have come
+        self.register_buffer("pushed", torch.zeros((), dtype=torch.long))                   # how many have come
 
     @torch.no_grad()
     def push(self, k):
@@ -380,8 +380,8 @@ class Bank(nn.Module):
         M = len(self.keys)
         if M > 0:
             k = F.normalize(k[-M:].float(), dim=1)
-            self.keys.index_copy_(0, (self.next + torch.arange(len(k), device=k.device)) % M, k)
-            self.next.add_(len(k))
+            self.keys.index_copy_(0, (self.pushed + torch.arange(len(k), device=k.device)) % M, k)
+            self.pushed.add_(len(k))
 
 
 class MACRL(nn.Module):
@@ -406,7 +406,7 @@ class MACRL(nn.Module):
         {"loss", "contrast", "reconstruction": the mean of "reconstruction s" and "reconstruction w"}. Fills the bank.
         """
         cfg = self.cfg
-        mask_s, visible_s, z_s, y_s = self.branch(view1, "s")                               # "higher mask ratio"
+        mask_s, _, z_s, y_s = self.branch(view1, "s")                                       # "higher mask ratio"
         mask_w, visible_w, z_w, y_w = self.branch(view2, "w")                               # "weaker"
 
         q = gather(self.g(self.encoder.vector(z_s)))                                        # (world·B, out)
@@ -415,7 +415,7 @@ class MACRL(nn.Module):
                 k = gather(self.g_xi(self.f_xi.vector(self.f_xi(view2, visible_w))))        # (world·B, out)
         else:
             k = gather(self.g(self.encoder.vector(z_w)))                                    # (world·B, out)
-        L_c = info_nce_loss(q, k, self.bank.keys, cfg.tau)        # "features from the encoder in both branches"
+        L_c = info_nce_loss(q, k, self.bank.keys, cfg.tau)                    # "the encoder in both branches"
         self.bank.push(k)
 
         L_s = self.restoration(y_s, view1 if target1 is None else target1, mask_s)

@@ -44,7 +44,7 @@ Where this file departs from the paper. "Most of the settings followed the MAE" 
     "Baseline [23]", Table 6              MAE's form with this file's settings: one view,   --targets one --lam 0
                                             masked once; MAE's own ratio and depth besides    --mask 0.75
                                                                                               --decoder-depth 8
-    §4.1.2, §4.1.3: evaluation            linear probe by eval_linear.py, all methods alike -
+    §4.1.2, §4.1.3: evaluation            eval_finetune.py, eval_linear.py, for all methods -
     Printed otherwise
     Eq. 3: a sum over whole views' pixels mean over pixels ("mean squared error", §3.2.1)   --pixels all
                                             of the masked patches, which the decoder

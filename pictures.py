@@ -12,7 +12,7 @@ matplotlib.use("Agg")  # draws to files, on machines without a screen too
 
 def draw_curves(file, rows):
     """One panel for each column of metrics.csv, over epochs; those that differ in a last number or letter share one."""
-    panels = {}
+    panels, titles = {}, {"knn": "kNN top-1", "lr": "learning rate", "test top": "test accuracy in %"}
     for name in list(rows[0])[2:]:
         points = [(float(row["epoch"]), float(row[name])) for row in rows if row.get(name, "") != ""]
         if points:
@@ -27,7 +27,7 @@ def draw_curves(file, rows):
             axis.plot(*zip(*points), marker="." if len(points) < 20 else None, label=name)
         if len(lines) > 1:
             axis.legend(fontsize="xx-small", ncols=2)
-        axis.set(title={"knn": "kNN top-1", "lr": "learning rate"}.get(title, title.replace("_", " ")), xlabel="epoch")
+        axis.set(title=titles.get(title, title.replace("_", " ")), xlabel="epoch")
         axis.grid(alpha=0.3)
     figure.savefig(file, dpi=100)
     plt.close(figure)

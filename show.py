@@ -8,7 +8,7 @@ query where there is none), mean over its heads, over the image and alone, and e
 black is its least, light yellow its most. Then what only the run's method has: CMAE's boxes and crops, MACRL's
 branches, CAMAE's masks. Writes show.png beside the checkpoint.
 """
-import argparse, pathlib, sys
+import pathlib, sys
 
 import matplotlib.pyplot as plt
 import numpy as np

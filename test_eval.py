@@ -9,7 +9,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
-import common, eval_finetune, eval_linear, eval_speed, images, mclim, show
+import common, eval_finetune, eval_linear, eval_speed, images, mclim, pictures, show
 from test_papers import BACKBONES
 from test_smoke import (HERE, METHODS, MODULES, SMALL, build, every_method, few, folder, killed_and_resumed, metrics,
                         normal, torchrun)  # few and folder are fixtures
@@ -29,6 +29,14 @@ def test_speed_is_told(method, monkeypatch, capsys):
     told = capsys.readouterr().out
     assert told.count("views") == 2 and "bfloat16" in told and "8.0 images/s" in told
     assert ("one view" in told) == (method != "mclim")
+
+
+def test_confusion_matrix_is_of_the_true_class(tmp_path, monkeypatch):
+    truth, guess, shown = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 2, 1, 0]), []
+    imshow = pictures.plt.Axes.imshow
+    monkeypatch.setattr(pictures.plt.Axes, "imshow", lambda axis, a, **kw: shown.append(a) or imshow(axis, a, **kw))
+    pictures.draw_confusion(tmp_path / "confusion.png", truth, guess, ["a", "b", "c"], "test")
+    assert shown[0].tolist() == [[75, 0, 25], [50, 50, 0], [0, 0, 0]] and (tmp_path / "confusion.png").exists()
 
 
 # Fine-tuning: RandAugment

@@ -9,7 +9,6 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
@@ -535,7 +534,7 @@ def metrics(folder):
 
 
 def killed_and_resumed(module, cfg, tmp_path, monkeypatch):
-    """Asserts that a run which dies a step after its first epoch, of two steps, ends, resumed, like one that does not."""
+    """Asserts that a run which dies one step after its first epoch of two steps ends, resumed, like one that lives."""
     save, threads = common.Run.save, torch.get_num_threads()
 
     def save_and_die(run, step, *args, **parts):

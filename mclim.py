@@ -1,86 +1,32 @@
 """MCLim: Feng Xin and Li Xinwei, "The contrastive learning algorithm based on masked image modeling", Academic Journal
 of Computing & Information Science 7(5), 2024, doi:10.25236/AJCIS.2024.070513.
 
-The first of two branches sees a masked view and restores it, and is at the same time contrasted with the second, which
-sees another view whole. One projection serves both tasks: its outputs, rearranged by PixelShuffle, are the restored
-image, and their mean over the image is the vector that is contrasted. The contrastive loss is decoupled (DCL: the
-positive pair is left out of the denominator), which keeps it useful at batch 16.
+One branch sees a masked view of an image and restores it; a second branch sees another view whole. One projection T
+serves both tasks: its outputs, rearranged, are the restored pixels, and their mean is the vector that is contrasted.
+The contrastive loss leaves the positive pair out of its denominator (DCL), which keeps it useful at a batch of 16.
 
-Symbols of the paper → here
-    x^s, x^v     the patches of a view; its visible ones    view1, view2 (B, 3, H, W)
-    p^u          the learnable vector                       mask_token (embed_dim, D in the ViT)
-    F₁, F₂       encoders of the two branches               encoder (the one that is kept), F2
-    T₁, T₂       their projection layers                    T1, T2
-    {z_i^s}      tokens from the encoder, i a patch         tokens1, tokens2 (B, N, D)
-    Z¹, Z²       tokens from the projection                 Z1, Z2 (B, N, P)
-    y            the restored image                         y (B, 3, H, W)
-    n            what Eq. 6 averages over                   the patches where `counted` (B, N) is 1
-    z_i^1, z_i^2 vectors of image i that are contrasted     z1, z2 (B, P), of all processes
-    U_{i,k}      sum over the negatives of z_i^k            log_U (2B): its logarithm, k = 1 in the first B rows
-    L_i^k        the loss of one i and k                    the 2B values whose mean a loss returns
-    λ, τ         weight of L₁, temperature                  lam, tau
+One training step on B images of N patches, D the width of a token, P the number of values of a patch:
+    view1, view2 = crop(images), recolour(crop(images))     # §2.1        (B, 3, 224, 224)
+    mask = 60 % of the patches, drawn at random             # §2.2        (B, N)
+    tokens1 = F1(view1, its masked patches replaced)        # Eq. 1       (B, N, D)
+    tokens2 = F2(view2)                                     # Eq. 2       (B, N, D)
+    Z1, Z2 = T1(tokens1), T2(tokens2)                       # Eq. 3, 5    (B, N, P)
+    L1 = MSE(PixelShuffle(Z1), view1), masked patches only  # Eq. 4, 6    a number
+    L2 = DCL(Z1.mean(1), Z2.mean(1))                        # Eq. 8, 9    a number, from vectors (B, P)
+    step of AdamW on λ·L1 + L2 for F1, T1                   # Eq. 10
+    F2, T2 ← m·(F2, T2) + (1 - m)·(F1, T1)                  # §2, "twin": one reading of it
 
-Equations → here
-    1 to 5, 10   lines of MCLim.forward, in the paper's order
-    6            reconstruction_loss, its target by normalize_patches
-    7            info_nce_loss
-    8            log_U in both contrastive losses; each of them stands alone, to be copied
-    9            dcl_loss
+What may change the result, because the paper does not say it: how branch 2 learns (--target, --momentum: 0.99 averages
+over no more than 69 steps at a batch of 16), the base rate (--lr: 1e-3, seven times MAE's), the temperature (--tau),
+what "normalized pixels" are (--norm-pixels), whether masked tokens count in z1 (--pool), and how accuracy is measured:
+by every sign the encoder is fine-tuned, so eval_finetune.py comes first and the linear probe second.
 
-Where this file departs from the paper
-    Left open                             Here                                              Flag
-    how branch 2 gets its weights         momentum average of branch 1 as in MoCo v3,       --target shared, --momentum
-                                          rising to 1 by a cosine; "twin network" may also
-                                          mean shared weights
-    what vector of Z^k is contrasted      its mean over the N tokens, l2-normalised         -
-    class token, positions of the ViT     none; fixed sine-cosine: so 43.12 M is met        -
-    patch, "original size" of CIFAR-10    16, so 43.12 M is met, and 224: §3.2's mask       --patch, --img
-                                          blocks of 32×32 would cover a CIFAR-10 image
-    where the vector replaces patches     after the patch embedding, before positions:      -
-                                          SimMIM's way
-    frozen patch embedding                its convolution, random, the same in both         -
-                                          branches; a norm behind it (Swin, HiViT) learns
-    "normalized pixels"                   each patch to mean 0, deviation 1, MAE's way      -
-    temperature, in (0, 1)                0.2, MoCo v3's; any above 0 is taken              --tau
-    base rate, schedule, AdamW's betas,   1e-3 for a batch of 256, half a cosine to 0,      --lr --wd --warmup
-      decay, warm-up                      PyTorch's betas, 0.05, 10 epochs
-    width of T's hidden layer             4 D, with GELU, as in a transformer block         --hidden
-    T maps "to a lower" (§2.4) or "high"  to P, which PixelShuffle needs                    -
-      (§3.2.2) dimension
-    T as "1 ViT block"                    the block, and a linear layer from D to P         --head vit
-    blur, in §2.1 but not in Table 2's    none                                              --blur 0.8
-      best row
-    strengths of the augmentations        MoCo v3's; no flip, for none is named             (color_jitter's arguments)
-    aspect of the crops                   3/4 to 4/3, as random resized crops usually are   -
-    widths of Swin and HiViT              Table 1's 49.88 M and 35.88 M fit no published    --dim
-                                          width; nearest: Swin 128 wide (48.88 M), HiViT
-                                          512 (34.32 M), that is dim/6 and 2/3 dim
-    "iterations", 100                     epochs                                            --epochs
-    "accuracy"                            linear probe or kNN, by eval_linear.py            -
-    Printed otherwise
-    around Eq. 2: blanks, {z_i^s}_{i=2}^N the second branch's view and tokens: view2, tokens2
-    Eq. 1: {p_i^u}_{i=1}^{u≠v}            the vector, once for each masked patch
-    Eq. 4's text: {h_i^s}                 Z¹, as in the formula
-    Eq. 6: n is "the number of samples"   mean over the pixels of the masked patches (Eq. 10: "the number of blocked
-                                            image blocks"), or of all: --l1 rec, Table 4
-    Eq. 7's text: "NPC multiplier"        what DCL removes is the positive, exp(<z_i^1, z_i^2>/τ), in the denominator
-    Eq. 10's text: "z_i^l", "i-th branch" z_i^1 is image i in branch 1, z_i^2 the same image in branch 2
-    Eq. 9, 10: one i, one k               mean over i and k
-    Table 5: "Contrastive Loss Weight"    λ weighs L₁, the reconstruction, as in Eq. 10
-    learning rate "l_r × BatchSize = 256" lr · batch / 256
-    §2.3 cites [5] for freezing           it is [3], MoCo v3
-
-Patches of p = --patch: ViT takes p×p. Swin and HiViT start from p/4 and end at strides of 2p and p pixels; their mask
-blocks are 2p×2p: 32×32 at the default p = 16 (§3.2).
-
-    python mclim.py --epochs 100 --batch 16                  the paper's experiment
-    python mclim.py --lam 0 --mask 0 --batch 32              Table 1's MoCo v3 with DCL, to which MCLim "degenerates"
-    python mclim.py --contrast none --batch 32               Table 1's SimMIM, with this file's head, target and crops
+    python mclim.py --epochs 100 --batch 16                  the paper's experiment, for a GPU
     python mclim.py --tiny --data shapes                     a first look on a laptop
-    python eval_linear.py runs/mclim-DATE-TIME               kNN and linear probe of what came out
+    python eval_finetune.py runs/mclim-DATE-TIME             what became of it; then eval_linear.py, show.py
 
-Measured: --tiny, 6 epochs of CIFAR-10 (JPEG) on two CPU cores: kNN 44.4 %, linear probe 49.5 % (untrained 33.7, 43.5).
-The paper's configuration is not measured yet. Commands and the rest: RESULTS.md.
+Measured: --tiny, 6 epochs of CIFAR-10 (JPEG): kNN 44.4 %, linear probe 49.5 % (untrained 33.7, 43.5).
+Every other choice, symbol and misprint, and the paper's tables: papers/mclim.md.
 """
 import copy, math, sys
 from collections import OrderedDict
@@ -92,12 +38,11 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.models.swin_transformer import SwinTransformer
 
-from common import (Batches, Run, autocast, check, check_config, color_jitter, cosine_lr, gaussian_blur, launch,
-                    load_images, normalize, param_groups, random_grayscale, random_resized_crop, seed_step,
-                    start_processes)
+from common import (Batches, Run, autocast, check, check_above, check_config, check_share, color_jitter, cosine_lr,
+                    gaussian_blur, init_encoders, launch, load_data, normalize, param_groups, random_grayscale,
+                    random_resized_crop, recompute, schedule, seed_step, start_processes)
 
 
 @dataclass
@@ -105,14 +50,16 @@ class Config:
     """Every setting, each a flag of the command line. Raises UserError for a value out of range."""
     # method
     mask: float = 0.6  # share of the blocks that is masked, §3.2
-    lam: float = 1.0  # λ, weight of the reconstruction, Table 5
-    tau: float = 0.2  # τ, temperature; ours: MoCo v3's
+    lam: float = 1.0  # λ, weight of the reconstruction, Table 5; 0 leaves it out
+    tau: float = 0.2  # τ, temperature; the paper gives none, MoCo v3's
     contrast: Literal["dcl", "infonce", "none"] = "dcl"  # L₂: Eq. 9, Eq. 7, or no second branch
-    l1: Literal["pre", "rec"] = "pre"  # L₁ over masked patches or over all, Table 4
-    target: Literal["momentum", "shared"] = "momentum"  # branch 2: average of branch 1 (ours) or the same weights
-    momentum: float = 0.99  # of that average, rising to 1 by a cosine; ours: MoCo v3's
+    l1: Literal["pre", "rec"] = "pre"  # L₁ over the masked patches or over all, Table 4
+    norm_pixels: bool = True  # "normalized pixels", §2.5: each patch to mean 0, deviation 1 (MAE's); no: as views are
+    pool: Literal["all", "visible"] = "all"  # z1 is the mean over all tokens, or over those that were not masked
+    target: Literal["momentum", "shared"] = "momentum"  # branch 2: average of branch 1 (MoCo v3's), or the same weights
+    momentum: float = 0.99  # of that average, rising to 1 by a cosine; MoCo v3's
     crop_min: float = 0.65  # smallest crop, share of the area, §2.1
-    crop_max: float = 0.9  # largest crop, §2.1
+    crop_max: float = 0.9  # largest crop, share of the area, §2.1
     jitter: float = 0.8  # probability of colour jitter in view 2, Table 2
     gray: float = 0.2  # probability of greyscale in view 2, Table 2
     blur: float = 0.0  # probability of blur in view 2; 0.8 is Table 2's last row
@@ -122,131 +69,230 @@ class Config:
     patch: int = 16  # side of a patch in pixels, from Table 1's 43.12 M
     dim: int = 768  # width D of the ViT, from Table 1's 43.12 M; Swin begins dim/6 wide, HiViT ends 2/3 dim wide
     depth: int = 6  # blocks of the ViT, Table 1; of Swin's third stage; HiViT's third stage has 4 more
-    heads: int = 12  # heads K of the ViT; ours: ViT-Base's (Swin has 32 channels a head, HiViT 64)
+    heads: int = 12  # heads K of the ViT: ViT-Base's (Swin has 32 channels a head, HiViT 64)
+    freeze_patch: bool = True  # the patch embedding stays as it was drawn, §2.3
     head: Literal["linear", "mlp", "vit"] = "mlp"  # projection layer T, Table 3
-    hidden: float = 4.0  # hidden width of T's MLP, in widths of the encoder; ours
+    hidden: float = 4.0  # hidden width of T's MLP, in widths of the encoder: a transformer block's
     # optimisation
     epochs: int = 100  # passes over the data, §3.2
     batch: int = 16  # images per step and per process, §3.2
-    lr: float = 1e-3  # base learning rate, for a batch of 256; ours
-    wd: float = 0.05  # weight decay; ours: MAE's
-    warmup: int = 10  # epochs of linear warm-up; ours: SimMIM's
+    lr: float = 1e-3  # base learning rate, for a batch of 256; the paper gives none
+    wd: float = 0.05  # weight decay; MAE's
+    warmup: float = 10.0  # epochs of linear warm-up; SimMIM's
+    steps: int = 0  # stop after so many steps, the schedule too; 0 for all of --epochs
     # run
     data: str = "cifar10"  # cifar10, cifar100, stl10, tiny-imagenet, shapes, or a folder; §3.1
-    root: str = "data"  # where data sets are downloaded to and decoded; ours
-    out: str = ""  # folder of the run, new or empty; ours: runs/mclim-DATE-TIME
-    resume: str = ""  # folder of a run to go on with; ours
-    seed: int = 0  # of all random numbers; ours
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute; ours
-    amp: bool = True  # bfloat16 autocast where the device has it; ours
-    compile: bool = False  # torch.compile the model; ours
-    workers: int = 0  # threads that decode a folder, 0 for one a core; ours
-    log_every: int = 20  # steps between rows of metrics.csv; ours
-    knn_every: int = 10  # epochs between kNN checks, 0 for none; ours
-    tiny: bool = False  # a size for a laptop: minutes on a CPU; ours
+    images: int = 0  # train on so many images, a fixed choice; 0 for all
+    store: int = 0  # side in pixels at which images are kept, squeezed to squares; 0 for 8/7 of --img
+    root: str = "data"  # where data sets are downloaded to and decoded
+    out: str = ""  # folder of the run, new or empty (default: runs/mclim-DATE-TIME)
+    init: str = ""  # begin with the weights of this encoder: a run, its encoder.pt, or a state dict of timm's
+    resume: str = ""  # folder of a run to go on with
+    seed: int = 0  # of all random numbers
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute
+    amp: bool = True  # bfloat16 autocast where the device is fast in it
+    compile: bool = False  # torch.compile the model
+    recompute: bool = False  # compute the encoder's blocks a second time in backward: less memory, more time
+    workers: int = 0  # threads that decode a folder, 0 for one a core
+    log_every: int = 20  # steps between rows of metrics.csv
+    knn_every: int = 10  # epochs between kNN checks, 0 for none
+    tiny: bool = False  # a size for a laptop: minutes on a CPU
 
     def __post_init__(self):
         check_config(self)
         block = self.patch if self.backbone == "vit" else 2 * self.patch
         check(self.img % block == 0, "--img", self.img, f"must be a multiple of the mask block, {block}")
-        blocks = (self.img // block) ** 2
-        moco = self.mask == 0 and self.lam == 0
-        check(moco or 0 < self.mask < 1 and 0 < round(self.mask * blocks) < blocks, "--mask", self.mask,
-              f"must lie between 0 and 1 and leave some of {blocks} blocks masked and some visible (0 with --lam 0)")
+        n = (self.img // block) ** 2
+        check(self.mask == self.lam == 0 or 0 < round(self.mask * n) < n and self.mask < 1, "--mask", self.mask,
+              f"must lie between 0 and 1 and leave some of {n} blocks masked and some visible (0 with --lam 0)")
         check(self.contrast == "none" or self.batch >= 2, "--batch", self.batch,
               "must be at least 2, or there are no negatives")
         check(self.contrast != "none" or self.lam > 0, "--lam", self.lam, "and --contrast none leave nothing to learn")
-        check(0 <= self.lam < math.inf, "--lam", self.lam, "must not be negative")
-        check(0 < self.tau < math.inf, "--tau", self.tau, "must be above 0")
-        check(0 <= self.momentum <= 1, "--momentum", self.momentum, "must lie between 0 and 1")
+        check_share(self, "jitter gray blur momentum")
+        check_above(self, 0, "tau hidden")
         check(0 < self.crop_min <= self.crop_max <= 1, "--crop-min", self.crop_min,
               f"must lie between 0 and --crop-max {self.crop_max}, which is at most 1")
-        for name in ("jitter", "gray", "blur"):
-            check(0 <= getattr(self, name) <= 1, f"--{name}", getattr(self, name), "is a probability: 0 to 1")
-        check(0 < self.hidden < math.inf and round(self.hidden * self.dim) >= 1, "--hidden", self.hidden,
-              "must be above 0 and leave T a hidden unit")
         if self.backbone != "vit":
             check(self.dim % 192 == 0, "--dim", self.dim, f"must be a multiple of 192 for --backbone {self.backbone}")
             check(self.patch % 4 == 0, "--patch", self.patch, f"must be a multiple of 4 for --backbone {self.backbone}")
 
 
-TINY = Config(img=32, patch=4, dim=192, depth=4, heads=3, epochs=8, batch=128, warmup=1, knn_every=1, tiny=True)
+TINY = Config(img=32, patch=4, dim=192, depth=4, heads=3, epochs=8, batch=128, warmup=1.0, knn_every=1, tiny=True)
 
 
-# Transformer. B batch, N patches or tokens, D width, K heads, P = 3·p·p numbers that a token restores, p pixels a side
-# (--patch; twice that in Swin), n mask blocks a side, grid patches a side; h, w, C: a map of tokens and its channels.
+# The paper, §2. B images, N patches or tokens, D width of a token, P = 3·p·p values of the p×p pixels that a token
+# restores, n mask blocks a side; (world·B) are the images of all processes.
 
-def sincos_pos_embed(dim, grid):
-    """Fixed sine-cosine positions of grid×grid patches, (1, N, D): half of D for the row, half for the column."""
-    omega = 10000 ** -(torch.arange(dim // 4) / (dim // 4))
-    angle = torch.arange(grid)[:, None] * omega                                             # (grid, D/4)
-    one = torch.cat([angle.sin(), angle.cos()], 1)                                          # (grid, D/2)
-    rows, columns = one[:, None].expand(grid, grid, -1), one[None].expand(grid, grid, -1)
-    return torch.cat([rows, columns], 2).reshape(1, grid * grid, dim)
+def views(images, cfg, aspect=None):
+    """Two crops of each image, the second with its colours changed. §2.1
 
-
-def mlp(dim, hidden, out):
-    """Two layers with GELU between, each token on its own; parts named as in timm."""
-    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, out)))
-
-
-def attend(q, k, tokens):
-    """How the mean query of `tokens` (a slice of the N) attends to all N: (B, K, N, D/K) twice → (B, K, N), sum 1."""
-    q = q.float()[:, :, tokens].mean(2, keepdim=True)                                       # (B, K, 1, D/K)
-    return ((q * k.float()).sum(3) / k.shape[3] ** 0.5).softmax(2)
+    images (B, 3, S, S), uint8 or 0…1; aspect (B,): their width over height before they were squeezed to squares, 1 if
+    None. Returns view1 and view2, normalised, (B, 3, img, img).
+    """
+    scale = cfg.crop_min, cfg.crop_max
+    view1 = random_resized_crop(images, cfg.img, scale, aspect=aspect)
+    view2 = random_resized_crop(images, cfg.img, scale, aspect=aspect)
+    view2 = color_jitter(view2, p=cfg.jitter)
+    view2 = random_grayscale(view2, cfg.gray)
+    view2 = gaussian_blur(view2, cfg.blur)
+    return normalize(view1), normalize(view2)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, D) → (B, N, D)."""
-    def __init__(self, dim, heads):
+def random_mask(B, N, ratio, device=None):
+    """Which of N places are masked: bool (B, N), 1 = masked, as many in each image, uniform over places."""
+    order = torch.rand(B, N, device=device).argsort(1)  # a permutation of 0 … N - 1 in each row
+    return order < round(ratio * N)
+
+
+def spread(mask, grid):
+    """The mask of n×n blocks, (B, n·n), for the grid×grid patches inside them: (B, grid·grid). §2.2"""
+    n = math.isqrt(mask.shape[1])
+    mask = mask.unflatten(1, (n, n)).repeat_interleave(grid // n, 1).repeat_interleave(grid // n, 2)
+    return mask.flatten(1)
+
+
+class MCLim(nn.Module):
+    """Both branches, §2 and Figure 1: `encoder` and `T1` are trained, `F2` and `T2` are branch 2's."""
+    def __init__(self, cfg):
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.cfg = cfg
+        self.encoder = (Encoder(cfg) if cfg.backbone == "vit" else  # F₁ of the paper, the part that is kept
+                        SwinEncoder(cfg) if cfg.backbone == "swin" else HiViTEncoder(cfg))
+        self.encoder.patch_embed.requires_grad_(not cfg.freeze_patch)  # §2.3
+        self.blocks = cfg.img // (cfg.patch if cfg.backbone == "vit" else 2 * cfg.patch)  # n
+        self.mask_token = nn.Parameter(torch.zeros(self.encoder.embed_dim), requires_grad=cfg.mask > 0)  # p^u
+        nn.init.normal_(self.mask_token, std=0.02)  # SimMIM's
+        D, P = self.encoder.dim, 3 * self.encoder.stride ** 2
+        if cfg.head == "linear":  # Table 3
+            self.T1 = nn.Linear(D, P)
+        elif cfg.head == "mlp":
+            self.T1 = mlp(D, round(cfg.hidden * D), P)
+        else:
+            self.T1 = nn.Sequential(Block(D, cfg.heads if cfg.backbone == "vit" else D // 64), nn.Linear(D, P))
+        self.T1.apply(init_weights)
+        if cfg.contrast != "none":
+            momentum = cfg.target == "momentum"
+            self.F2 = copy.deepcopy(self.encoder).requires_grad_(False) if momentum else self.encoder
+            self.T2 = copy.deepcopy(self.T1).requires_grad_(False) if momentum else self.T1
 
-    def split(self, x):
-        """(B, N, D) → queries, keys, values of each head, (3, B, K, N, D/K)."""
-        return self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    def forward(self, view1, view2):
+        """Normalised views (B, 3, H, W) → {"loss": Eq. 10, "reconstruction": Eq. 6, "contrast": Eq. 9 or 7}, without
+        what λ = 0 or --contrast none leaves out."""
+        cfg, p, losses = self.cfg, self.encoder.stride, {}
+        mask = random_mask(len(view1), self.blocks ** 2, cfg.mask, view1.device)  # §2.2, (B, n·n)
+        tokens1 = self.encoder(view1, mask, self.mask_token)  # Eq. 1, (B, N, D)
+        Z1 = self.T1(tokens1)  # Eq. 3, (B, N, P)
+        masked = spread(mask, view1.shape[2] // p)  # (B, N)
 
-    def mix(self, q, k, v):
-        """Queries, keys, values of each head (B, K, N, D/K) → (B, N, D)."""
-        x = F.scaled_dot_product_attention(q, k, v)                                         # (B, K, N, D/K)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        if cfg.lam > 0:
+            y = unpatchify(Z1, p)  # Eq. 4, PixelShuffle, (B, 3, H, W)
+            target = patchify(view1, p)  # (B, N, P)
+            target = normalize_patches(target) if cfg.norm_pixels else target  # §2.5
+            counted = masked if cfg.l1 == "pre" else torch.ones_like(masked)  # Table 4
+            L1 = reconstruction_loss(patchify(y, p), target, counted)  # Eq. 6, which counts patches: y is cut again
+            losses["reconstruction"] = L1
+        if cfg.contrast != "none":
+            tokens2 = self.F2(view2)  # Eq. 2, (B, N, D)
+            Z2 = self.T2(tokens2)  # Eq. 5, (B, N, P)
+            z1 = masked_mean(Z1, ~masked) if cfg.pool == "visible" else Z1.float().mean(1)  # (B, P)
+            z1, z2 = gather(z1), gather(Z2.float().mean(1))  # (world·B, P)
+            L2 = (dcl_loss if cfg.contrast == "dcl" else info_nce_loss)(z1, z2, cfg.tau)  # Eq. 9 or Eq. 7
+            losses["contrast"] = L2
+        loss = cfg.lam * losses.get("reconstruction", 0) + losses.get("contrast", 0)  # Eq. 10
+        return {"loss": loss, **losses}
 
-    def forward(self, x):
-        return self.mix(*self.split(x))
+    @torch.no_grad()
+    def reconstruct(self, x):
+        """Normalised images (B, 3, H, W) → (masked input, prediction), both normalised images.
 
-
-class Block(nn.Module):
-    """Pre-norm transformer block, (B, N, D) → (B, N, D)."""
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = mlp(dim, 4 * dim, dim)
-
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-def init_weights(module):
-    """Xavier-uniform weights and zero biases, as in MAE; a patch embedding counts as a linear layer."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.xavier_uniform_(module.weight.data.flatten(1))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def patchify(x, p):
-    """Images (B, 3, H, W) → patches (B, N, P), P = 3·p·p ordered (channel, row, column): PixelShuffle undone."""
-    return F.pixel_unshuffle(x, p).flatten(2).mT
+        With --norm-pixels each predicted patch gets its true mean and deviation back. Where the loss leaves out
+        visible patches (--l1 pre), they are shown as they are.
+        """
+        p, patches = self.encoder.stride, patchify(x, self.encoder.stride)  # (B, N, P)
+        mask = random_mask(len(x), self.blocks ** 2, self.cfg.mask, x.device)  # (B, n·n)
+        masked = spread(mask, x.shape[2] // p)[:, :, None]  # (B, N, 1)
+        y = self.T1(self.encoder(x, mask, self.mask_token)).float()  # (B, N, P)
+        y = denormalize_patches(y, patches) if self.cfg.norm_pixels else y
+        shown = torch.where(masked, y, patches) if self.cfg.l1 == "pre" else y
+        return unpatchify(patches.masked_fill(masked, 0), p), unpatchify(shown, p)
 
 
-def unpatchify(x, p):
-    """Patches (B, N, P) of a square image → (B, 3, H, W), by PixelShuffle."""
-    return F.pixel_shuffle(x.mT.unflatten(2, (math.isqrt(x.shape[1]), -1)), p)
+def reconstruction_loss(pred, target, mask):
+    """Mean squared error of (B, N, P) over the patches where mask (B, N) is 1; 0 where none is. Eq. 6"""
+    error = (pred.float() - target.float()).square().mean(2)  # (B, N)
+    return (error * mask).sum() / mask.sum().clamp(min=1)
+
+
+def info_nce_loss(z1, z2, tau):
+    """InfoNCE of the pairs z1[i], z2[i] (B, any width), mean over both views. Eq. 7, with U of Eq. 8"""
+    with torch.autocast(z1.device.type, enabled=False):
+        B = len(z1)
+        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # (2B, width)
+        logits = z @ z.mT / tau  # (2B, 2B)
+        positive = logits.diagonal(B).repeat(2)  # <z_i^1, z_i^2>/τ, (2B)
+        same = torch.eye(B, dtype=torch.bool, device=z.device).repeat(2, 2)  # j = i, in both views l
+        log_U = logits.masked_fill(same, -torch.inf).logsumexp(1)  # Eq. 8, (2B): k = 1, then k = 2
+        return (torch.logaddexp(positive, log_U) - positive).mean()  # Eq. 7
+
+
+def dcl_loss(z1, z2, tau):
+    """Decoupled contrastive loss of the pairs z1[i], z2[i] (B, any width), mean over both views. Eq. 9, U of Eq. 8"""
+    with torch.autocast(z1.device.type, enabled=False):
+        B = len(z1)
+        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # (2B, width)
+        logits = z @ z.mT / tau  # (2B, 2B)
+        positive = logits.diagonal(B).repeat(2)  # <z_i^1, z_i^2>/τ, (2B)
+        same = torch.eye(B, dtype=torch.bool, device=z.device).repeat(2, 2)  # j = i, in both views l
+        log_U = logits.masked_fill(same, -torch.inf).logsumexp(1)  # Eq. 8, (2B): k = 1, then k = 2
+        return (-positive + log_U).mean()  # Eq. 9
+
+
+def train(cfg):
+    """Trains as `cfg` says; returns the run's folder. Raises UserError, FloatingPointError, SystemExit on a signal."""
+    here = start_processes(cfg.device)
+    data, test = load_data(cfg)
+    batches = Batches(data, cfg.batch, cfg.seed, here)
+    steps, warmup = schedule(cfg, len(batches))
+
+    torch.manual_seed(cfg.seed)
+    model = MCLim(cfg).to(here.device)
+    init_encoders(model, cfg.init)
+    if cfg.recompute:
+        recompute(model)
+    net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model
+    net = torch.compile(net) if cfg.compile else net
+    peak = cfg.lr * cfg.batch * here.world / 256  # §3.2
+    optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, fused=True)  # §3.2
+
+    run = Run("mclim", cfg, here, len(batches))
+    step = run.resume(model=model, optimizer=optimizer)
+    while step < steps and not run.stopped:
+        seed_step(cfg.seed, step, here.rank)
+        images, aspect = batches[step]
+        view1, view2 = views(images, cfg, aspect)
+        with autocast(here.device, cfg.amp):
+            losses = net(view1, view2)
+        losses["loss"].backward()
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_lr(step, steps, warmup, peak)
+        optimizer.step()
+        optimizer.zero_grad()
+        if cfg.contrast != "none" and cfg.target == "momentum":
+            m = 1 - (1 - cfg.momentum) * (1 + math.cos(math.pi * step / steps)) / 2  # rises to 1, MoCo v3's way
+            ema(model.F2, model.encoder, m)  # average ← m·average + (1 - m)·model
+            ema(model.T2, model.T1, m)
+
+        step += 1
+        run.log(step, losses, optimizer.param_groups[0]["lr"])
+        run.save(step, data, test, model=model, optimizer=optimizer)
+    return run.finish()
+
+
+# Parts. K heads, h, w, C: a map of tokens and its channels.
+
+def ema(average, model, m):
+    """average ← m·average + (1 - m)·model, weight by weight, for two networks of the same shape."""
+    torch.optim.swa_utils.get_ema_multi_avg_fn(m)(list(average.parameters()), list(model.parameters()), None)
 
 
 class Gather(torch.autograd.Function):
@@ -270,26 +316,91 @@ def gather(z):
     return Gather.apply(z) if dist.is_initialized() else z
 
 
-# Masking, §2.2
-
-def random_mask(B, blocks, ratio, device=None):
-    """Which of blocks×blocks are masked: bool (B, blocks, blocks), as many in each image, uniform over places."""
-    order = torch.rand(B, blocks * blocks, device=device).argsort(1)                        # a permutation of each row
-    return (order < round(ratio * blocks ** 2)).unflatten(1, (blocks, blocks))
+def masked_mean(x, mask):
+    """Mean of the tokens (B, N, D) where mask (B, N) is 1: float32 (B, D)."""
+    return (x.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
 
 
-def spread(mask, grid):
-    """A mask of blocks (B, n, n) on the finer grid inside them: (B, grid, grid)."""
-    k = grid // mask.shape[1]
-    return mask.repeat_interleave(k, 1).repeat_interleave(k, 2)
+def patchify(x, p):
+    """Images (B, 3, H, W) → patches (B, N, P), P = 3·p·p ordered (channel, row, column): PixelShuffle undone."""
+    return F.pixel_unshuffle(x, p).flatten(2).mT
 
 
-# Model, §2.3 and §2.4. The three encoders of Table 1 look alike from outside:
-#   stride, dim, embed_dim         side in pixels of what a token stands for, its width, the width when it is masked
-#   forward(x, mask, mask_token)   (B, 3, H, W) → (B, N, D): tokens; where mask (B, n, n) is 1, patches are replaced
-#   features(x)                    (B, 3, H, W) → (B, D): the mean of the tokens, unmasked
-#   attention(x)                   (B, 3, H, W) → (B, K, N): how their mean query attends to them in the last block,
-#                                  by content alone: without Swin's windows, and its and HiViT's biases for place
+def unpatchify(x, p):
+    """Patches (B, N, P) of a square image → (B, 3, H, W), by PixelShuffle."""
+    return F.pixel_shuffle(x.mT.unflatten(2, (math.isqrt(x.shape[1]), -1)), p)
+
+
+def normalize_patches(patches):
+    """Each patch of (B, N, P) to mean 0 and standard deviation 1, as in MAE."""
+    return (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
+
+
+def denormalize_patches(pred, patches):
+    """Gives predicted normalised patches (B, N, P) the mean and deviation that the true `patches` have."""
+    return pred * (patches.var(2, keepdim=True) + 1e-6).sqrt() + patches.mean(2, keepdim=True)
+
+
+def sincos_pos_embed(dim, grid):
+    """Fixed sine-cosine positions of grid×grid patches, (1, N, D): half of D for the row, half for the column."""
+    omega = 10000 ** -(torch.arange(dim // 4) / (dim // 4))
+    angle = torch.arange(grid)[:, None] * omega  # (grid, D/4)
+    one = torch.cat([angle.sin(), angle.cos()], 1)  # (grid, D/2)
+    rows, columns = one[:, None].expand(grid, grid, -1), one[None].expand(grid, grid, -1)
+    return torch.cat([rows, columns], 2).reshape(1, grid * grid, dim)
+
+
+def init_weights(module):
+    """Xavier-uniform weights and zero biases, as in MAE; a patch embedding counts as a linear layer."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.xavier_uniform_(module.weight.data.flatten(1))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def mlp(dim, hidden, out):
+    """Two layers with GELU between, each token on its own; parts named as in timm."""
+    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, out)))
+
+
+def attend(q, k, v):
+    """softmax(q·kᵀ/√d)·v of each head, (B, K, N, d) each → (B, K, N, d). On CPUs always in float32: the backward of
+    attention in bfloat16 is several times slower there."""
+    if q.device.type == "cpu":
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, N, D) → (B, N, D)."""
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, N, d) each, d = D/K
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, (B, N, D) → (B, N, D)."""
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = mlp(dim, 4 * dim, dim)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+# The three encoders of Table 1 look alike from outside. What MCLim reads of them: `stride`, the side in pixels of what
+# a token stands for; `dim`, a token's width; `embed_dim`, its width where it is masked; `patch_embed`, what is frozen.
 
 class Encoder(nn.Module):
     """The ViT without class token; its state dict loads into timm's ViT of the same size (class_token=False,
@@ -302,32 +413,28 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg.dim, cfg.heads) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.dim, eps=1e-6)
         self.apply(init_weights)
-        self.patch_embed.requires_grad_(False)                                              # §2.3: frozen
-
-    def embed(self, x, mask=None, mask_token=None):
-        """(B, 3, H, W) → the last block's input (B, N, D)."""
-        x = self.patch_embed(x).flatten(2).mT                                               # (B, N, D)
-        if mask is not None:
-            x = torch.where(spread(mask, self.grid).view(len(x), -1, 1), mask_token.to(x.dtype), x)  # §2.2
-        x = x + self.pos_embed
-        for block in self.blocks[:-1]:
-            x = block(x)
-        return x
 
     def forward(self, x, mask=None, mask_token=None):
-        return self.norm(self.blocks[-1](self.embed(x, mask, mask_token)))
+        """Images (B, 3, H, W) → tokens (B, N, D); where mask (B, n·n) is 1, mask_token (D) replaces patches."""
+        x = self.patch_embed(x).flatten(2).mT  # (B, N, D)
+        if mask is not None:
+            x = torch.where(spread(mask, self.grid)[:, :, None], mask_token.to(x.dtype), x)  # §2.2
+        x = x + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def tokens(self, x):
+        """The tokens of whole images, (B, 3, H, W) → (B, N, D)."""
+        return self(x)
 
     def features(self, x):
-        return self(x).mean(1)
-
-    def attention(self, x):
-        block = self.blocks[-1]
-        q, k, _ = block.attn.split(block.norm1(self.embed(x)))
-        return attend(q, k, slice(None))
+        """Their mean, (B, 3, H, W) → (B, D)."""
+        return self(x).float().mean(1)
 
 
 class SwinEncoder(nn.Module):
-    """Swin [2, 2, depth, 2] with windows of 7, torchvision's: stride 2p."""
+    """Swin [2, 2, depth, 2] with windows of 7, torchvision's: a token stands for 2p×2p pixels."""
     def __init__(self, cfg):
         super().__init__()
         width = cfg.dim // 6
@@ -335,43 +442,58 @@ class SwinEncoder(nn.Module):
                                [width // 32 * 2 ** i for i in range(4)], [7, 7],
                                stochastic_depth_prob=0.0)  # none, as in the ViT: features must not be random
         self.stride, self.dim, self.embed_dim, self.grid = 2 * cfg.patch, 8 * width, width, 4 * cfg.img // cfg.patch
-        self.patch_embed, self.stages, self.norm = swin.features[0], swin.features[1:], swin.norm
-        self.patch_embed[0].apply(init_weights).requires_grad_(False)                       # §2.3: frozen
-
-    def embed(self, x, mask=None, mask_token=None):
-        """(B, 3, H, W) → the last block's input (B, h, w, D)."""
-        x = self.patch_embed(x)                                                             # (B, grid, grid, width)
-        if mask is not None:
-            x = torch.where(spread(mask, self.grid)[..., None], mask_token.to(x.dtype), x)  # §2.2
-        return self.stages[-1][:-1](self.stages[:-1](x))                                    # (B, h, w, D)
+        self.patch_embed, _, self.patch_norm = swin.features[0]  # between them the channels move to the end
+        self.stages, self.norm = swin.features[1:], swin.norm
+        self.patch_embed.apply(init_weights)
 
     def forward(self, x, mask=None, mask_token=None):
-        return self.norm(self.stages[-1][-1](self.embed(x, mask, mask_token))).flatten(1, 2)  # (B, N, D)
+        """Images (B, 3, H, W) → tokens (B, N, D); where mask (B, n·n) is 1, mask_token (C) replaces small patches."""
+        x = self.patch_norm(self.patch_embed(x).permute(0, 2, 3, 1))  # (B, grid, grid, C)
+        if mask is not None:
+            masked = spread(mask, self.grid).unflatten(1, (self.grid, self.grid))  # (B, grid, grid)
+            x = torch.where(masked[..., None], mask_token.to(x.dtype), x)  # §2.2
+        return self.norm(self.stages(x)).flatten(1, 2)
+
+    def tokens(self, x):
+        """The tokens of whole images, (B, 3, H, W) → (B, N, D)."""
+        return self(x)
 
     def features(self, x):
-        return self(x).mean(1)
-
-    def attention(self, x):
-        block = self.stages[-1][-1]
-        x = block.norm1(self.embed(x)).flatten(1, 2)                                        # (B, N, D)
-        q, k, _ = block.attn.qkv(x).unflatten(2, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return attend(q, k, slice(None))
+        """Their mean, (B, 3, H, W) → (B, D)."""
+        return self(x).float().mean(1)
 
 
-class RelativeAttention(Attention):
-    """Attention with a learned bias for every offset between two patches of a grid×grid image, as in Swin."""
+class RelativeAttention(nn.Module):
+    """Attention with a learned bias for every offset between two of grid×grid patches, as in Swin."""
     def __init__(self, dim, heads, grid):
-        super().__init__(dim, heads)
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
         self.relative_position_bias = nn.Parameter(torch.zeros((2 * grid - 1) ** 2, heads))
         y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-        y, x = (a.flatten()[:, None] - a.flatten() + grid - 1 for a in (y, x))              # (N, N), 0 … 2·grid - 2
+        y, x = (a.flatten()[:, None] - a.flatten() + grid - 1 for a in (y, x))  # (N, N), 0 … 2·grid - 2
         self.register_buffer("offset", y * (2 * grid - 1) + x, persistent=False)
 
     def forward(self, x):
-        q, k, v = self.split(x)
-        bias = self.relative_position_bias[self.offset].permute(2, 0, 1).to(q.dtype)        # (K, N, N)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, N, D/K) each
+        bias = self.relative_position_bias[self.offset].permute(2, 0, 1)  # (K, N, N)
+        x = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))  # (B, K, N, D/K)
         return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class RelativeBlock(nn.Module):
+    """Block with RelativeAttention, (B, N, D) → (B, N, D)."""
+    def __init__(self, dim, heads, grid):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = RelativeAttention(dim, heads, grid)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = mlp(dim, 4 * dim, dim)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
 
 
 class MlpBlock(nn.Module):
@@ -393,189 +515,45 @@ class Merge(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x):
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)        # (B, h/2, w/2, 4C)
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)  # (B, h/2, w/2, 4C)
         return self.reduction(self.norm(x))
 
 
 class HiViTEncoder(nn.Module):
-    """HiViT [2, 2, depth + 4] (arXiv 2205.14949): MLPs on small patches, merged twice, then a ViT. Stride p."""
+    """HiViT [2, 2, depth + 4] (arXiv 2205.14949): MLPs on small patches, merged twice, then a ViT. A token stands for
+    p×p pixels."""
     def __init__(self, cfg):
         super().__init__()
         dim, grid = 2 * cfg.dim // 3, cfg.img // cfg.patch
-        self.stride, self.dim, self.embed_dim, self.grid = cfg.patch, dim, dim // 4, 4 * grid  # where masked
+        self.stride, self.dim, self.embed_dim, self.grid = cfg.patch, dim, dim // 4, 4 * grid  # where it is masked
         self.patch_embed = nn.Conv2d(3, dim // 4, cfg.patch // 4, cfg.patch // 4)
         self.patch_norm = nn.LayerNorm(dim // 4, eps=1e-6)
         stage1, stage2 = ([MlpBlock(w, 3 * w) for _ in range(4)] for w in (dim // 4, dim // 2))  # two MLPs a block
         self.stem = nn.Sequential(*stage1, Merge(dim // 4), *stage2, Merge(dim // 2))
         self.pos_embed = nn.Parameter(torch.zeros(1, grid * grid, dim))
-        self.blocks = nn.ModuleList(Block(dim, dim // 64) for _ in range(cfg.depth + 4))
-        for block in self.blocks:
-            block.attn = RelativeAttention(dim, dim // 64, grid)                            # else a ViT's block
+        self.blocks = nn.ModuleList(RelativeBlock(dim, dim // 64, grid) for _ in range(cfg.depth + 4))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        self.patch_embed.requires_grad_(False)                                              # §2.3: frozen
 
-    def embed(self, x, mask=None, mask_token=None):
-        """(B, 3, H, W) → the last block's input (B, N, D)."""
-        x = self.patch_norm(self.patch_embed(x).permute(0, 2, 3, 1))                        # (B, 4·H/p, 4·W/p, D/4)
+    def forward(self, x, mask=None, mask_token=None):
+        """Images (B, 3, H, W) → tokens (B, N, D); where mask (B, n·n) is 1, mask_token (C) replaces small patches."""
+        x = self.patch_norm(self.patch_embed(x).permute(0, 2, 3, 1))  # (B, grid, grid, C), C = D/4
         if mask is not None:
-            x = torch.where(spread(mask, self.grid)[..., None], mask_token.to(x.dtype), x)  # §2.2
-        x = self.stem(x).flatten(1, 2) + self.pos_embed                                     # (B, N, D)
-        for block in self.blocks[:-1]:
+            masked = spread(mask, self.grid).unflatten(1, (self.grid, self.grid))  # (B, grid, grid)
+            x = torch.where(masked[..., None], mask_token.to(x.dtype), x)  # §2.2
+        x = self.stem(x).flatten(1, 2) + self.pos_embed  # (B, N, D)
+        for block in self.blocks:
             x = block(x)
-        return x
+        return self.norm(x)
 
-    forward, features, attention = Encoder.forward, Encoder.features, Encoder.attention     # as in the ViT
+    def tokens(self, x):
+        """The tokens of whole images, (B, 3, H, W) → (B, N, D)."""
+        return self(x)
 
-
-class MCLim(nn.Module):
-    """Both branches and the loss (Figure 1). `forward` is §2.2 to §2.5."""
-    restored = "reconstruction\n(each patch given its\ntrue mean and contrast)"
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.cfg = cfg
-        self.encoder = {"vit": Encoder, "swin": SwinEncoder, "hivit": HiViTEncoder}[cfg.backbone](cfg)
-        self.blocks = cfg.img // (cfg.patch if cfg.backbone == "vit" else 2 * cfg.patch)
-        self.mask_token = nn.Parameter(torch.zeros(self.encoder.embed_dim), requires_grad=cfg.mask > 0)
-        nn.init.normal_(self.mask_token, std=0.02)                                          # SimMIM's
-        D, P = self.encoder.dim, 3 * self.encoder.stride ** 2
-        if cfg.head == "linear":                                                            # Table 3
-            self.T1 = nn.Linear(D, P)
-        elif cfg.head == "mlp":
-            self.T1 = mlp(D, round(cfg.hidden * D), P)
-        else:
-            self.T1 = nn.Sequential(Block(D, cfg.heads if cfg.backbone == "vit" else D // 64), nn.Linear(D, P))
-        self.T1.apply(init_weights)
-        if cfg.contrast != "none":
-            momentum = cfg.target == "momentum"
-            self.F2 = copy.deepcopy(self.encoder).requires_grad_(False) if momentum else self.encoder
-            self.T2 = copy.deepcopy(self.T1).requires_grad_(False) if momentum else self.T1
-
-    def forward(self, view1, view2):
-        """Normalised views (B, 3, H, W) → {"loss": Eq. 10, "reconstruction": Eq. 6, "contrast": Eq. 9 or 7}."""
-        cfg, p, both = self.cfg, self.encoder.stride, self.cfg.contrast != "none"
-        mask = random_mask(len(view1), self.blocks, cfg.mask, view1.device)                 # §2.2   (B, n, n)
-        tokens1 = self.encoder(view1, mask, self.mask_token)                                # Eq. 1  (B, N, D)
-        tokens2 = self.F2(view2) if both else None                                          # Eq. 2  (B, N, D)
-        Z1 = self.T1(tokens1)                                                               # Eq. 3  (B, N, P)
-        y = unpatchify(Z1, p)                                                               # Eq. 4  (B, 3, H, W)
-        Z2 = self.T2(tokens2) if both else None                                             # Eq. 5  (B, N, P)
-
-        counted = spread(mask, view1.shape[2] // p).flatten(1)                              # (B, N)
-        counted = counted if cfg.l1 == "pre" else torch.ones_like(counted)                  # Table 4
-        target = normalize_patches(patchify(view1, p))                                      # §2.5   (B, N, P)
-        L1 = reconstruction_loss(patchify(y, p), target, counted)                           # Eq. 6
-        if not both:
-            return {"loss": cfg.lam * L1, "reconstruction": L1}
-
-        z1, z2 = gather(Z1.float().mean(1)), gather(Z2.float().mean(1))                     # (world·B, P)
-        L2 = (dcl_loss if cfg.contrast == "dcl" else info_nce_loss)(z1, z2, cfg.tau)        # Eq. 9 or Eq. 7
-        return {"loss": cfg.lam * L1 + L2, "reconstruction": L1, "contrast": L2}            # Eq. 10
-
-    @torch.no_grad()
-    def reconstruct(self, x):
-        """Normalised images (B, 3, H, W) → (masked input, prediction), both normalised images.
-
-        The prediction is of normalised pixels: each patch gets its true mean and deviation back. Where the loss leaves
-        out visible patches (--l1 pre), they are shown as they are.
-        """
-        p, patches = self.encoder.stride, patchify(x, self.encoder.stride)                  # (B, N, P)
-        mask = random_mask(len(x), self.blocks, self.cfg.mask, x.device)
-        masked = spread(mask, x.shape[2] // p).flatten(1)[:, :, None]                       # (B, N, 1)
-        y = self.T1(self.encoder(x, mask, self.mask_token)).float()                         # (B, N, P)
-        y = y * (patches.var(2, keepdim=True) + 1e-6).sqrt() + patches.mean(2, keepdim=True)
-        shown = torch.where(masked, y, patches) if self.cfg.l1 == "pre" else y
-        return unpatchify(patches.masked_fill(masked, 0), p), unpatchify(shown, p)
-
-
-# Loss, §2.5
-
-def normalize_patches(patches):
-    """Each patch of (B, N, P) to mean 0 and standard deviation 1, as in MAE."""
-    return (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
-
-
-def reconstruction_loss(pred, target, mask):
-    """Mean squared error of (B, N, P) over the patches where mask (B, N) is 1; 0 where none is. Eq. 6."""
-    error = (pred.float() - target.float()).square().mean(2)                                # (B, N)
-    return (error * mask).sum() / mask.sum().clamp(min=1)
-
-
-def info_nce_loss(z1, z2, tau):
-    """InfoNCE of the pairs z1[i], z2[i] (B, any width), mean over both views. Eq. 7, with U of Eq. 8."""
-    with torch.autocast(z1.device.type, enabled=False):
-        B = len(z1)
-        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)                                 # (2B, width)
-        logits = z @ z.mT / tau                                                             # (2B, 2B)
-        positive = logits.diagonal(B).repeat(2)                                             # (2B)  <z_i^1, z_i^2>/τ
-        same = torch.eye(B, dtype=torch.bool, device=z.device).repeat(2, 2)                 # j = i, in both views l
-        log_U = logits.masked_fill(same, -torch.inf).logsumexp(1)                           # Eq. 8
-        return (torch.logaddexp(positive, log_U) - positive).mean()                         # Eq. 7
-
-
-def dcl_loss(z1, z2, tau):
-    """Decoupled contrastive loss of the pairs z1[i], z2[i] (B, any width), mean over both views. Eq. 9, U of Eq. 8."""
-    with torch.autocast(z1.device.type, enabled=False):
-        B = len(z1)
-        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)                                 # (2B, width)
-        logits = z @ z.mT / tau                                                             # (2B, 2B)
-        positive = logits.diagonal(B).repeat(2)                                             # (2B)  <z_i^1, z_i^2>/τ
-        same = torch.eye(B, dtype=torch.bool, device=z.device).repeat(2, 2)                 # j = i, in both views l
-        log_U = logits.masked_fill(same, -torch.inf).logsumexp(1)                           # Eq. 8
-        return (-positive + log_U).mean()                                                   # Eq. 9
-
-
-# Views, §2.1
-
-def views(images, cfg):
-    """uint8 images (B, 3, S, S) → the two views, normalised (B, 3, img, img): both cropped, the second coloured."""
-    scale = cfg.crop_min, cfg.crop_max
-    view1 = random_resized_crop(images, cfg.img, scale)
-    view2 = random_resized_crop(images, cfg.img, scale)
-    view2 = color_jitter(view2, p=cfg.jitter)
-    view2 = random_grayscale(view2, cfg.gray)
-    view2 = gaussian_blur(view2, cfg.blur)
-    return normalize(view1), normalize(view2)
-
-
-def train(cfg):
-    """Trains as `cfg` says; returns the run's folder. Raises UserError, FloatingPointError, SystemExit on a signal."""
-    here = start_processes(cfg.device)
-    data = load_images(cfg.data, "train", cfg.img, cfg.root, cfg.workers, cfg.seed)
-    test = load_images(cfg.data, "test", cfg.img, cfg.root, cfg.workers, cfg.seed)
-    batches = Batches(data[0], cfg.batch, cfg.seed, here)
-
-    torch.manual_seed(cfg.seed)
-    model = MCLim(cfg).to(here.device)
-    net = DistributedDataParallel(model) if here.world > 1 else model
-    net = torch.compile(net) if cfg.compile else net
-    peak = cfg.lr * cfg.batch * here.world / 256                                            # §3.2
-    optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, fused=True)         # §3.2
-    steps, warmup = cfg.epochs * len(batches), cfg.warmup * len(batches)
-
-    run = Run("mclim", cfg, here, len(batches))
-    step = run.resume(model=model, optimizer=optimizer)
-    while step < steps and not run.stopped:
-        seed_step(cfg.seed, step, here.rank)
-        view1, view2 = views(batches[step], cfg)
-        with autocast(here.device, cfg.amp):
-            losses = net(view1, view2)
-        losses["loss"].backward()
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(step, steps, warmup, peak)
-        optimizer.step()
-        optimizer.zero_grad()
-        if cfg.contrast != "none" and cfg.target == "momentum":                             # F₂, T₂ follow F₁, T₁
-            m = 1 - (1 - cfg.momentum) * (1 + math.cos(math.pi * step / steps)) / 2         # MoCo v3's, up to 1
-            get_ema_multi_avg_fn(m)([*model.F2.parameters(), *model.T2.parameters()],
-                                    [*model.encoder.parameters(), *model.T1.parameters()], None)
-
-        step += 1
-        run.log(step, losses, optimizer.param_groups[0]["lr"])
-        run.save(step, data, test, model=model, optimizer=optimizer)
-    return run.finish()
+    def features(self, x):
+        """Their mean, (B, 3, H, W) → (B, D)."""
+        return self(x).float().mean(1)
 
 
 def main(argv=None):

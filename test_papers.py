@@ -128,7 +128,7 @@ def test_reconstruction_loss_of_macrl_is_the_mean_absolute_error():
 
 def test_mask_is_aligned_to_blocks():
     mask = mclim.random_mask(3, 16, 0.5)
-    fine = mclim.spread(mask, 12)
+    fine = mclim.repeat_blocks(mask, 12)
     for y in range(12):
         for x in range(12):
             assert torch.equal(fine[:, 12 * y + x], mask[:, 4 * (y // 3) + x // 3])
@@ -145,8 +145,8 @@ def test_masked_pixels_do_not_reach_the_encoder(cfg):
     model, x = build(cfg), normal(4, 3, 16, 16)
     with torch.no_grad():
         model.mask_token.normal_()
-    mask = mclim.random_mask(4, model.blocks ** 2, 0.5)
-    hidden = mclim.spread(mask, 16).view(4, 1, 16, 16)
+    mask = mclim.random_mask(4, model.N_b, 0.5)
+    hidden = mclim.repeat_blocks(mask, 16).view(4, 1, 16, 16)
     tokens, other_masked, other_visible = (model.encoder(image, mask, model.mask_token) for image in
                                            (x, torch.where(hidden, 7.0, x), torch.where(hidden, x, 7.0)))
     assert torch.equal(tokens, other_masked) and not torch.allclose(tokens, other_visible)
@@ -172,7 +172,7 @@ def test_backbones_for_evaluation(cfg):
     assert torch.equal(tokens, model.encoder(x)) and torch.allclose(features, tokens.mean(1))
     masked, prediction = model.reconstruct(x)
     visible = masked == x
-    assert visible.float().mean() == pytest.approx(1 - round(0.6 * model.blocks ** 2) / model.blocks ** 2)
+    assert visible.float().mean() == pytest.approx(1 - round(0.6 * model.N_b) / model.N_b)
     assert torch.allclose(prediction[visible], x[visible]) and not torch.allclose(prediction, x)
 
 

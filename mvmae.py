@@ -5,72 +5,28 @@ Two crops of an image are masked by 80 % and restored by one masked autoencoder.
 contrasted: those of one image attract, those of different images repel each other. Masking is the strong augmentation
 that the contrast needs, so the views are cropped and flipped, and nothing else.
 
-Symbols of the paper → here
-    I_i           an image of the batch                      images
-    x_1^+, x_2^+  the target views                           view1, view2 (B, 3, H, W); both in x (2B, 3, H, W)
-    h(·), x'_i    patchifying and masking, what they make    Encoder.patch_embed, random_mask; mask (2B, N): 1 = masked
-    x_i^v, x_i^m  visible and masked patches of view i       visible (2B, V): ids of the visible ones; the others
-    x_pos         positional embeddings                      pos_embed
-    f(·), g(·)    encoder, decoder                           encoder, decoder
-    z_i           latent of view i                           z (2B, 1 + V, D), class token first
-    z_i, Eq. 4    the vector that is contrasted              z1, z2 (B, D), of all processes
-    y_i           the restored view                          y (2B, N, P), as patches
-    N             batch size                                 B; here N is the number of patches
-    λ, τ          weight of L_c, temperature                 lam, tau
-    L_r, L_c, L   the losses                                 L_r, L_c, "loss"
+One training step on B images of N patches, V of them visible, D the width of a token, P the values of a patch:
+    view1, view2 = flip(crop(images)), flip(crop(images))  # §3.1.1    (B, 3, 224, 224)
+    mask = 80 % of the patches of each view, at random     # §3.1.2    (2·B, N)
+    visible = the patches that are not masked              # Eq. 1     (2·B, V)
+    z = f(visible patches + positions)                     # Eq. 2     (2·B, 1 + V, D), class token first
+    y = g(z, mask tokens in the places between)            # §3.1.4    (2·B, N, P)
+    L_r = MSE(y, views), masked patches only               # Eq. 3     a number
+    z1, z2 = mean of the patches' tokens in z              # §3.2.2    (B, D)
+    L_c = NT-Xent(z1, z2)                                  # Eq. 4–6   a number
+    step of AdamW on L_r + λ·L_c for f, g                  # Eq. 7
 
-Equations → here
-    1, 2, 7       lines of MVMAE.forward
-    3             reconstruction_loss
-    4, 5, 6       nt_xent_loss
+What may change the result, because the paper does not say it: which vector of the latent is contrasted (--pool),
+whether pixels are normalised patch by patch, MAE's better row (--norm-pixels), whether Eq. 3 counts the visible patches
+(--pixels), the temperature (--tau: 0.07 is said to be SimCLR's and is MoCo's), how crops are made (--crop-min,
+--kernel), and which --mask and --decoder-depth stand behind a table's figure. No projection head: none is named.
 
-Where this file departs from the paper. "Most of the settings followed the MAE" (§4.1.1): so does what is left open.
-    Left open                             Here                                              Flag
-    which vector of the latent's many     the mean of the visible patches' tokens; no       --pool cls
-      tokens Eq. 4 contrasts                projection head, for none is named
-    class token                           there is one                                      -
-    width and heads of the decoder        512 and 16                                        --decoder-dim
-                                                                                            --decoder-heads
-    pixels as they are, or normalised     as they are, for so Eq. 3 reads; only ImageNet's  --norm-pixels
-      patch by patch (MAE's better row)     mean and deviation of each channel are taken
-                                            out, as from all images here
-    learning rate 1.5e-4: MAE's, for 256  MAE's: lr · batch / 256. Table 6 has batch 512:   --lr
-      images, or the rate itself            --lr 0.75e-4 there is the other reading
-    weight decay                          0.05                                              --wd
-    the crops                             0.2 to 1 of the area, aspect 3/4 to 4/3; of the   --crop-min
-                                            central square that images are stored as, at
-                                            most --img a side, not of the whole image
-    "w/o two different targets", Table 6  one target view, masked twice                     --targets same
-    "Baseline [23]", Table 6              MAE's form with this file's settings: one view,   --targets one --lam 0
-                                            masked once; MAE's own ratio and depth besides    --mask 0.75
-                                                                                              --decoder-depth 8
-    §4.1.2, §4.1.3: evaluation            eval_finetune.py, eval_linear.py, for all methods -
-    Printed otherwise
-    Eq. 3: a sum over whole views' pixels mean over pixels ("mean squared error", §3.2.1)   --pixels all
-                                            of the masked patches, which the decoder
-                                            "predicts" (Figure 3), and over the 2B views
-    Eq. 4's text: "the denominator        the numerator does; in the denominator are the    -
-      computes … a positive pair"           positive and the 2(N - 1) negatives: k ≠ i
-    Eq. 6: pairs (2k - 1, 2k)             (i, i + B): all first views, then all second      -
-    Figure 7: the decoder takes x_i^m     it takes mask tokens, as §3.1.4's text says       -
-    τ: 0.07, "the default setting of"     0.07, which is MoCo's; SimCLR's is 0.1            --tau
-      SimCLR
-    §4.2.1: with λ = 0 it is MAE          not alone: two views remain, and Table 6 has      --targets one
-                                            either row
-    Table 5: 79.25, 79.64, 80.03 for 80 %, in one run they would be one number; what the    -
-      λ = 2, depth 4                        other settings were is not said: here the final
-    Figure 2: "following" [27], rollout   attention from the class token, last block alone  -
-
-    python mvmae.py                                          the paper's settings, on CIFAR-10 at 224 pixels
-    python mvmae.py --data PATH --epochs 200                 your images, or ImageNet-1K as for Table 5
-    python mvmae.py --targets one --lam 0 --mask 0.75 --decoder-depth 8        MAE
+    python mvmae.py --data PATH                              the paper's ImageNet-1K in PATH, for GPUs
     python mvmae.py --tiny --data shapes                     a first look on a laptop
-    python eval_linear.py runs/mvmae-DATE-TIME               kNN and linear probe of what came out
-    python show.py runs/mvmae-DATE-TIME                      reconstructions and attention, as in Figures 8 and 2
+    python eval_finetune.py runs/mvmae-DATE-TIME             what became of it; then eval_linear.py, show.py
 
-Measured: --tiny, 6 epochs of CIFAR-10 (JPEG) on one CPU core: kNN 54.2 %, linear probe 53.3 % (untrained 33.6, 43.6;
-MAE in the same time 44.0, 54.8). At the paper's size one view costs 0.33 of what it would with all patches visible.
-The paper's configuration is not measured yet. Commands and the rest: RESULTS.md.
+Measured: --tiny, 6 epochs of CIFAR-10 (JPEG): kNN 54.2 %, linear probe 53.3 % (untrained 33.6, 43.6; MAE in the same
+time 44.0, 54.8); loss FIRSTEPOCH after the first. MAE by flags, every other choice, and the tables: papers/mvmae.md.
 """
 import math, sys
 from collections import OrderedDict
@@ -83,8 +39,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (Batches, Run, autocast, check, check_config, cosine_lr, launch, load_images, normalize,
-                    param_groups, random_hflip, random_resized_crop, seed_step, start_processes)
+from common import (Batches, Run, autocast, check, check_above, check_config, check_least, check_mask, cosine_lr,
+                    init_encoders, launch, load_data, normalize, param_groups, random_hflip, random_resized_crop,
+                    recompute, schedule, seed_step, start_processes)
 
 
 @dataclass
@@ -95,10 +52,11 @@ class Config:
     lam: float = 2.0  # λ, weight of the contrast, Table 5; 0 leaves it out
     tau: float = 0.07  # τ, temperature, §3.2.2
     targets: Literal["two", "same", "one"] = "two"  # target views: two, one masked twice (Table 6), one (MAE)
-    pool: Literal["mean", "cls"] = "mean"  # the vector of Eq. 4: mean of the patches' tokens or class token; ours
-    pixels: Literal["masked", "all"] = "masked"  # Eq. 3 over the masked patches (ours: MAE's) or over all
-    norm_pixels: bool = False  # restore each patch at mean 0, deviation 1; ours: off, as Eq. 3 reads
-    crop_min: float = 0.2  # smallest crop, share of the area; ours: MAE's
+    pool: Literal["mean", "cls"] = "mean"  # the vector of Eq. 4: the patches' mean (a choice made here), or class token
+    pixels: Literal["masked", "all"] = "masked"  # Eq. 3 over the masked patches (MAE's), or over all
+    norm_pixels: bool = False  # restore each patch at mean 0, deviation 1 (MAE's better row); no: as Eq. 3 reads
+    crop_min: float = 0.2  # smallest crop, share of the area; MAE's
+    kernel: Literal["linear", "bicubic"] = "linear"  # how crops are resized; a choice made here, MAE's is bicubic
     # model
     img: int = 224  # side of the views in pixels, §4.1.1
     patch: int = 16  # side of a patch in pixels, §4.1.1
@@ -106,123 +64,186 @@ class Config:
     depth: int = 12  # blocks, §4.1.1
     heads: int = 12  # heads K, §4.1.1: ViT-Base's
     decoder_depth: int = 4  # blocks of the decoder, Table 5
-    decoder_dim: int = 512  # width of the decoder; ours: MAE's
-    decoder_heads: int = 16  # heads of the decoder; ours: MAE's
+    decoder_dim: int = 512  # width of the decoder; MAE's
+    decoder_heads: int = 16  # heads of the decoder; MAE's
     # optimisation
     epochs: int = 1600  # passes over the data, §4.1.1
     batch: int = 256  # images per step and per process; §4.1.1: in all
     lr: float = 1.5e-4  # base learning rate, for a batch of 256, §4.1.1
-    wd: float = 0.05  # weight decay; ours: MAE's
-    warmup: int = 40  # epochs of linear warm-up, §4.1.1
+    wd: float = 0.05  # weight decay; MAE's
+    warmup: float = 40.0  # epochs of linear warm-up, §4.1.1
+    steps: int = 0  # stop after so many steps, the schedule too; 0 for all of --epochs
     # run
-    data: str = "cifar10"  # cifar10, cifar100, stl10, tiny-imagenet, shapes, or a folder; ours: §4.1 has ImageNet-1K
-    root: str = "data"  # where data sets are downloaded to and decoded; ours
-    out: str = ""  # folder of the run, new or empty; ours: runs/mvmae-DATE-TIME
-    resume: str = ""  # folder of a run to go on with; ours
-    seed: int = 0  # of all random numbers; ours
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute; ours
-    amp: bool = True  # bfloat16 autocast where the device has it; ours
-    compile: bool = False  # torch.compile the model; ours
-    workers: int = 0  # threads that decode a folder, 0 for one a core; ours
-    log_every: int = 20  # steps between rows of metrics.csv; ours
-    knn_every: int = 10  # epochs between kNN checks, 0 for none; ours
-    tiny: bool = False  # a size for a laptop: minutes on a CPU; ours
+    data: str = "cifar10"  # cifar10, cifar100, stl10, tiny-imagenet, shapes, or a folder; §4.1 has ImageNet-1K
+    images: int = 0  # train on so many images, a fixed choice; 0 for all
+    store: int = 0  # side in pixels at which images are kept, squeezed to squares; 0 for 8/7 of --img
+    root: str = "data"  # where data sets are downloaded to and decoded
+    out: str = ""  # folder of the run, new or empty (default: runs/mvmae-DATE-TIME)
+    init: str = ""  # begin with the weights of this encoder: a run, its encoder.pt, or a state dict of timm's
+    resume: str = ""  # folder of a run to go on with
+    seed: int = 0  # of all random numbers
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute
+    amp: bool = True  # bfloat16 autocast where the device is fast in it
+    compile: bool = False  # torch.compile the model
+    recompute: bool = False  # compute the encoder's blocks a second time in backward: less memory, more time
+    workers: int = 0  # threads that decode a folder, 0 for one a core
+    log_every: int = 20  # steps between rows of metrics.csv
+    knn_every: int = 10  # epochs between kNN checks, 0 for none
+    tiny: bool = False  # a size for a laptop: minutes on a CPU
 
     def __post_init__(self):
         check_config(self)
-        patches = (self.img // self.patch) ** 2
-        check(0 < self.mask < 1 and 0 < round(self.mask * patches) < patches, "--mask", self.mask,
-              f"must lie between 0 and 1 and leave some of {patches} patches masked and some visible")
-        check(0 <= self.lam < math.inf, "--lam", self.lam, "must not be negative")
+        check_mask(self)
+        check_least(self, 0, "lam")
+        check_above(self, 0, "tau")
         check(self.lam == 0 or self.targets != "one", "--targets", self.targets, "has no pair to contrast: add --lam 0")
         check(self.lam == 0 or self.batch >= 2, "--batch", self.batch, "must be at least 2, or there are no negatives")
-        check(0 < self.tau < math.inf, "--tau", self.tau, "must be above 0")
         check(0 < self.crop_min <= 1, "--crop-min", self.crop_min, "must lie between 0 and 1")
-        check(self.decoder_depth >= 1, "--decoder-depth", self.decoder_depth, "must be at least 1")
-        check(self.decoder_heads >= 1, "--decoder-heads", self.decoder_heads, "must be at least 1")
-        check(self.decoder_dim > 0 and self.decoder_dim % (4 * self.decoder_heads) == 0, "--decoder-dim",
-              self.decoder_dim, f"must be a multiple of 4 times --decoder-heads {self.decoder_heads}")
 
 
 TINY = Config(img=32, patch=4, dim=192, depth=4, heads=3, decoder_depth=2, decoder_dim=96, decoder_heads=3, epochs=16,
-              batch=128, lr=1e-3, warmup=1, knn_every=1, tiny=True)
+              batch=128, lr=1e-3, warmup=1.0, knn_every=1, tiny=True)
 
 
-# Transformer. B batch, N patches, V visible ones, D width, K heads, P = 3·p·p numbers of a patch, p pixels a side
-# (--patch). 2B is B with --targets one; width is the decoder's.
+# The paper, §3. B images (the paper's N), N patches, V of them visible, D width of a token, P = 3·p·p values of the p×p
+# pixels of a patch; views·B rows: all first views, then all second ones; one view an image under --targets one, else
+# two; (world·B) are the images of all processes.
 
-def sincos_pos_embed(dim, grid):
-    """Fixed sine-cosine positions of grid×grid patches, (1, N, D): half of D for the row, half for the column."""
-    omega = 10000 ** -(torch.arange(dim // 4) / (dim // 4))
-    angle = torch.arange(grid)[:, None] * omega                                             # (grid, D/4)
-    one = torch.cat([angle.sin(), angle.cos()], 1)                                          # (grid, D/2)
-    rows, columns = one[:, None].expand(grid, grid, -1), one[None].expand(grid, grid, -1)
-    return torch.cat([rows, columns], 2).reshape(1, grid * grid, dim)
+def views(images, cfg, aspect=None):
+    """Target views of each image: crops, resized, and half of them flipped, nothing else. §3.1.1, Figure 5
 
-
-def mlp(dim, hidden, out):
-    """Two layers with GELU between, each token on its own; parts named as in timm."""
-    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, out)))
-
-
-def attend(q, k, tokens):
-    """How the mean query of `tokens` (a slice of the N) attends to all N: (B, K, N, D/K) twice → (B, K, N), sum 1."""
-    q = q.float()[:, :, tokens].mean(2, keepdim=True)                                       # (B, K, 1, D/K)
-    return ((q * k.float()).sum(3) / k.shape[3] ** 0.5).softmax(2)
+    images (B, 3, S, S), uint8 or 0…1; aspect (B,): their width over height before they were squeezed to squares, 1 if
+    None. Returns view1 and view2, normalised, (B, 3, img, img): the same one twice unless --targets is two.
+    """
+    def target():
+        crop = random_resized_crop(images, cfg.img, (cfg.crop_min, 1.0), aspect=aspect, kernel=cfg.kernel)
+        return normalize(random_hflip(crop))
+    view1 = target()
+    return view1, (target() if cfg.targets == "two" else view1)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, D) → (B, N, D)."""
-    def __init__(self, dim, heads):
+def random_mask(B, N, ratio, device=None):
+    """Which of N places are masked: bool (B, N), 1 = masked, as many in each image, uniform over places."""
+    order = torch.rand(B, N, device=device).argsort(1)  # a permutation of 0 … N - 1 in each row
+    return order < round(ratio * N)
+
+
+def visible_first(mask):
+    """The patches of each image in order, the visible ones before the masked ones: mask (B, N) → ids (B, N)."""
+    return mask.int().argsort(dim=1, stable=True)
+
+
+def take(x, ids):
+    """The tokens `ids` (B, V) of x (B, N, D): (B, V, D)."""
+    return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+class MVMAE(nn.Module):
+    """One autoencoder for all views, §3 and Figures 3 and 4: `encoder` is f, `decoder` is g."""
+    def __init__(self, cfg):
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.cfg, grid = cfg, cfg.img // cfg.patch
+        self.N = grid ** 2
+        self.V = self.N - round(cfg.mask * self.N)
+        self.encoder = Encoder(cfg, cfg.pool)
+        blocks = [Block(cfg.decoder_dim, cfg.decoder_heads) for _ in range(cfg.decoder_depth)]
+        self.decoder = Decoder(cfg.dim, grid, 3 * cfg.patch ** 2, cfg.decoder_dim, blocks)
 
-    def split(self, x):
-        """(B, N, D) → queries, keys, values of each head, (3, B, K, N, D/K)."""
-        return self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    def forward(self, view1, view2):
+        """Normalised views (B, 3, H, W) → {"loss": Eq. 7, "reconstruction": Eq. 3, "contrast": Eq. 6}, without the
+        contrast if λ is 0. Under --targets one view2 is not looked at."""
+        cfg = self.cfg
+        x = view1 if cfg.targets == "one" else torch.cat([view1, view2])  # x⁺, (views·B, 3, H, W)
+        mask = random_mask(len(x), self.N, cfg.mask, x.device)  # §3.1.2, (views·B, N)
+        visible = visible_first(mask)[:, :self.V]  # Eq. 1, (views·B, V)
+        z = self.encoder(x, visible)  # Eq. 2, (views·B, 1 + V, D)
+        y = self.decoder(z, visible)  # §3.1.4, (views·B, N, P)
 
-    def mix(self, q, k, v):
-        """Queries, keys, values of each head (B, K, N, D/K) → (B, N, D)."""
-        x = F.scaled_dot_product_attention(q, k, v)                                         # (B, K, N, D/K)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        target = patchify(x, cfg.patch)  # (views·B, N, P)
+        target = normalize_patches(target) if cfg.norm_pixels else target
+        counted = mask if cfg.pixels == "masked" else torch.ones_like(mask)  # (views·B, N)
+        L_r = reconstruction_loss(y, target, counted)  # Eq. 3
+        if cfg.lam == 0:
+            return {"loss": L_r, "reconstruction": L_r}
 
-    def forward(self, x):
-        return self.mix(*self.split(x))
+        z1, z2 = self.encoder.vector(z).chunk(2)  # (B, D) each
+        z1, z2 = gather(z1), gather(z2)  # (world·B, D)
+        L_c = nt_xent_loss(z1, z2, cfg.tau)  # Eq. 4, Eq. 5, Eq. 6
+        loss = L_r + cfg.lam * L_c  # Eq. 7
+        return {"loss": loss, "reconstruction": L_r, "contrast": L_c}
 
+    @torch.no_grad()
+    def reconstruct(self, x):
+        """Normalised images (B, 3, H, W) → (masked input, prediction), both normalised images.
 
-class Block(nn.Module):
-    """Pre-norm transformer block, (B, N, D) → (B, N, D)."""
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = mlp(dim, 4 * dim, dim)
-
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-def init_weights(module):
-    """Xavier-uniform weights and zero biases, as in MAE; a patch embedding counts as a linear layer."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.xavier_uniform_(module.weight.data.flatten(1))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        With --norm-pixels each predicted patch gets its true mean and deviation back. Where the loss leaves out
+        visible patches (--pixels masked), they are shown as they are.
+        """
+        p, patches = self.cfg.patch, patchify(x, self.cfg.patch)  # (B, N, P)
+        mask = random_mask(len(x), self.N, self.cfg.mask, x.device)  # (B, N)
+        visible = visible_first(mask)[:, :self.V]  # (B, V)
+        y = self.decoder(self.encoder(x, visible), visible).float()  # (B, N, P)
+        y = denormalize_patches(y, patches) if self.cfg.norm_pixels else y
+        shown = torch.where(mask[:, :, None], y, patches) if self.cfg.pixels == "masked" else y
+        return unpatchify(patches.masked_fill(mask[:, :, None], 0), p), unpatchify(shown, p)
 
 
-def patchify(x, p):
-    """Images (B, 3, H, W) → patches (B, N, P), P = 3·p·p ordered (channel, row, column): PixelShuffle undone."""
-    return F.pixel_unshuffle(x, p).flatten(2).mT
+def reconstruction_loss(pred, target, mask):
+    """Mean squared error of (B, N, P) over the patches where mask (B, N) is 1; 0 where none is. Eq. 3"""
+    error = (pred.float() - target.float()).square().mean(2)  # (B, N)
+    return (error * mask).sum() / mask.sum().clamp(min=1)
 
 
-def unpatchify(x, p):
-    """Patches (B, N, P) of a square image → (B, 3, H, W), by PixelShuffle."""
-    return F.pixel_shuffle(x.mT.unflatten(2, (math.isqrt(x.shape[1]), -1)), p)
+def nt_xent_loss(z1, z2, tau):
+    """NT-Xent of the pairs z1[i], z2[i] (B, any width), mean over all 2B ordered pairs. Eq. 4 to 6"""
+    with torch.autocast(z1.device.type, enabled=False):
+        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # (2B, width)
+        logits = z @ z.mT / tau  # Eq. 5, over τ, (2B, 2B)
+        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+        logits = logits.masked_fill(itself, -torch.inf)  # Eq. 4, k ≠ i
+        partner = torch.arange(len(z), device=z.device).roll(len(z1))  # j of i: i + B or i - B, (2B)
+        return F.cross_entropy(logits, partner)  # Eq. 4, Eq. 6
 
+
+def train(cfg):
+    """Trains as `cfg` says; returns the run's folder. Raises UserError, FloatingPointError, SystemExit on a signal."""
+    here = start_processes(cfg.device)
+    data, test = load_data(cfg)
+    batches = Batches(data, cfg.batch, cfg.seed, here)
+    steps, warmup = schedule(cfg, len(batches))
+
+    torch.manual_seed(cfg.seed)
+    model = MVMAE(cfg).to(here.device)
+    init_encoders(model, cfg.init)
+    if cfg.recompute:
+        recompute(model)
+    net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model
+    net = torch.compile(net) if cfg.compile else net
+    peak = cfg.lr * cfg.batch * here.world / 256  # MAE's rule
+    optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, betas=(0.9, 0.95), fused=True)  # §4.1.1
+
+    run = Run("mvmae", cfg, here, len(batches))
+    step = run.resume(model=model, optimizer=optimizer)
+    while step < steps and not run.stopped:
+        seed_step(cfg.seed, step, here.rank)
+        images, aspect = batches[step]
+        view1, view2 = views(images, cfg, aspect)
+        with autocast(here.device, cfg.amp):
+            losses = net(view1, view2)
+        losses["loss"].backward()
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_lr(step, steps, warmup, peak)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        step += 1
+        run.log(step, losses, optimizer.param_groups[0]["lr"])
+        run.save(step, data, test, model=model, optimizer=optimizer)
+    return run.finish()
+
+
+
+# Parts. K heads, d = D/K channels of each; width: the decoder's D.
 
 class Gather(torch.autograd.Function):
     """(B, D) → (world·B, D). Backward sums a row's gradients over the processes: all have the same loss of it, and the
@@ -245,64 +266,120 @@ def gather(z):
     return Gather.apply(z) if dist.is_initialized() else z
 
 
-# Masking, §3.1.2
-
-def random_mask(B, blocks, ratio, device=None):
-    """Which of blocks×blocks are masked: bool (B, blocks, blocks), as many in each image, uniform over places."""
-    order = torch.rand(B, blocks * blocks, device=device).argsort(1)                        # a permutation of each row
-    return (order < round(ratio * blocks ** 2)).unflatten(1, (blocks, blocks))
+def patchify(x, p):
+    """Images (B, 3, H, W) → patches (B, N, P), P = 3·p·p ordered (channel, row, column): PixelShuffle undone."""
+    return F.pixel_unshuffle(x, p).flatten(2).mT
 
 
-def visible_first(mask):
-    """The patches of each image in order, the visible ones before the masked ones: mask (B, N) → ids (B, N)."""
-    return mask.int().argsort(dim=1, stable=True)
+def unpatchify(x, p):
+    """Patches (B, N, P) of a square image → (B, 3, H, W), by PixelShuffle."""
+    return F.pixel_shuffle(x.mT.unflatten(2, (math.isqrt(x.shape[1]), -1)), p)
 
 
-def take(x, ids):
-    """The tokens `ids` (B, V) of x (B, N, D): (B, V, D)."""
-    return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[2]))
+def normalize_patches(patches):
+    """Each patch of (B, N, P) to mean 0 and standard deviation 1, as in MAE."""
+    return (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
 
 
-# Model, §3.1.3 and §3.1.4
+def denormalize_patches(pred, patches):
+    """Gives predicted normalised patches (B, N, P) the mean and deviation that the true `patches` have."""
+    return pred * (patches.var(2, keepdim=True) + 1e-6).sqrt() + patches.mean(2, keepdim=True)
+
+
+def sincos_pos_embed(dim, grid):
+    """Fixed sine-cosine positions of grid×grid patches, (1, N, D): half of D for the row, half for the column."""
+    omega = 10000 ** -(torch.arange(dim // 4) / (dim // 4))
+    angle = torch.arange(grid)[:, None] * omega  # (grid, D/4)
+    one = torch.cat([angle.sin(), angle.cos()], 1)  # (grid, D/2)
+    rows, columns = one[:, None].expand(grid, grid, -1), one[None].expand(grid, grid, -1)
+    return torch.cat([rows, columns], 2).reshape(1, grid * grid, dim)
+
+
+def init_weights(module):
+    """Xavier-uniform weights and zero biases, as in MAE; a patch embedding counts as a linear layer."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.xavier_uniform_(module.weight.data.flatten(1))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def mlp(dim, hidden, out):
+    """Two layers with GELU between, each token on its own; parts named as in timm."""
+    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, out)))
+
+
+def attend(q, k, v):
+    """softmax(q·kᵀ/√d)·v of each head, (B, K, N, d) each → (B, K, N, d). On CPUs always in float32: the backward of
+    attention in bfloat16 is several times slower there."""
+    if q.device.type == "cpu":
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, N, D) → (B, N, D)."""
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, N, d) each, d = D/K
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, (B, N, D) → (B, N, D)."""
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = mlp(dim, 4 * dim, dim)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
 
 class Encoder(nn.Module):
-    """A ViT with class token; its state dict loads into timm's ViT of the same size without renaming."""
+    """A ViT with class token; its state dict loads into timm's ViT of the same size without renaming. An image's vector
+    is the mean of its patches' tokens (pool "mean") or the class token ("cls")."""
     def __init__(self, cfg, pool="mean"):
         super().__init__()
         self.pool = pool
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, cfg.dim, cfg.patch, cfg.patch)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.dim))
         pos_embed = sincos_pos_embed(cfg.dim, cfg.img // cfg.patch)
-        self.register_buffer("pos_embed", F.pad(pos_embed, (0, 0, 1, 0)))                   # 0 for the class token
+        self.register_buffer("pos_embed", F.pad(pos_embed, (0, 0, 1, 0)))  # 0 for the class token
         self.blocks = nn.ModuleList(Block(cfg.dim, cfg.heads) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.dim, eps=1e-6)
-        self.apply(init_weights)                                                            # Xavier, as in MAE
+        self.apply(init_weights)
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def embed(self, x, visible=None):
-        """(B, 3, H, W), and which patches are visible (B, V) if not all → the last block's input (B, 1 + V, D)."""
-        x = self.patch_embed(x).flatten(2).mT + self.pos_embed[:, 1:]                       # (B, N, D)
-        x = x if visible is None else take(x, visible)                                      # (B, V, D)
-        x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)            # (B, 1 + V, D)
-        for block in self.blocks[:-1]:
-            x = block(x)
-        return x
-
     def forward(self, x, visible=None):
-        return self.norm(self.blocks[-1](self.embed(x, visible)))                           # (B, 1 + V, D)
+        """Images (B, 3, H, W), of which the patches `visible` (B, V) are seen, all N if None → (B, 1 + V, D), class
+        token first."""
+        x = self.patch_embed(x).flatten(2).mT + self.pos_embed[:, 1:]  # (B, N, D)
+        x = x if visible is None else take(x, visible)  # (B, V, D)
+        x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)  # (B, 1 + V, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
 
     def vector(self, z):
-        """One vector (B, D) for the tokens (B, 1 + V, D) of an image: what is contrasted, and the features."""
+        """One vector (B, D) for the tokens (B, 1 + V, D) of an image."""
         return z[:, 1:].float().mean(1) if self.pool == "mean" else z[:, 0].float()
 
-    def features(self, x):
-        return self.vector(self(x))
+    def tokens(self, x):
+        """The patches' tokens of whole images, (B, 3, H, W) → (B, N, D)."""
+        return self(x)[:, 1:]
 
-    def attention(self, x):
-        """How the class token attends to the patches in the last block, (B, 3, H, W) → (B, K, N)."""
-        block = self.blocks[-1]
-        q, k, _ = block.attn.split(block.norm1(self.embed(x)))
-        return attend(q, k, slice(1))[:, :, 1:]
+    def features(self, x):
+        """One vector for each whole image, (B, 3, H, W) → (B, D)."""
+        return self.vector(self(x))
 
 
 class Decoder(nn.Module):
@@ -319,126 +396,11 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, z, visible):
-        cls, tokens = self.embed(z).split([1, visible.shape[1]], 1)                         # (B, V, width)
+        cls, tokens = self.embed(z).split([1, visible.shape[1]], 1)  # (B, V, width)
         x = self.mask_token.to(tokens.dtype).expand(len(z), self.pos_embed.shape[1] - 1, -1)  # (B, N, width)
-        x = x.scatter(1, visible[:, :, None].expand_as(tokens), tokens)                     # each token to its place
-        x = torch.cat([cls, x], 1) + self.pos_embed                                         # (B, 1 + N, width)
-        return self.pred(self.norm(self.blocks(x)))[:, 1:]                                  # (B, N, P)
-
-
-class MVMAE(nn.Module):
-    """One autoencoder for both views, and the loss (Figures 3 and 4). `forward` is §3.1.2 to §3.2."""
-    def __init__(self, cfg):
-        super().__init__()
-        self.cfg, self.grid = cfg, cfg.img // cfg.patch
-        self.V = self.grid ** 2 - round(cfg.mask * self.grid ** 2)
-        self.encoder = Encoder(cfg, cfg.pool)                                               # f
-        blocks = [Block(cfg.decoder_dim, cfg.decoder_heads) for _ in range(cfg.decoder_depth)]
-        self.decoder = Decoder(cfg.dim, self.grid, 3 * cfg.patch ** 2, cfg.decoder_dim, blocks)  # g
-        self.restored = ("reconstruction\n(each patch given its\ntrue mean and contrast)" if cfg.norm_pixels else
-                         "reconstruction")  # its label in pictures
-
-    def forward(self, view1, view2):
-        """Normalised views (B, 3, H, W) → {"loss": Eq. 7, "reconstruction": Eq. 3, "contrast": Eq. 6, if λ > 0}."""
-        cfg = self.cfg
-        x = torch.cat([view1, view2]) if cfg.targets != "one" else view1                    # (2B, 3, H, W)
-        mask = random_mask(len(x), self.grid, cfg.mask, x.device).flatten(1)                # §3.1.2  (2B, N)
-        visible = visible_first(mask)[:, :self.V]                                           # Eq. 1   (2B, V)
-        z = self.encoder(x, visible)                                                        # Eq. 2   (2B, 1 + V, D)
-        y = self.decoder(z, visible)                                                        # §3.1.4  (2B, N, P)
-
-        target = patchify(x, cfg.patch)                                                     # (2B, N, P)
-        target = normalize_patches(target) if cfg.norm_pixels else target
-        L_r = reconstruction_loss(y, target, mask if cfg.pixels == "masked" else torch.ones_like(mask))  # Eq. 3
-        if cfg.lam == 0:
-            return {"loss": L_r, "reconstruction": L_r}
-
-        z1, z2 = map(gather, self.encoder.vector(z).chunk(2))                               # (world·B, D)
-        L_c = nt_xent_loss(z1, z2, cfg.tau)                                                 # Eq. 4 to 6
-        return {"loss": L_r + cfg.lam * L_c, "reconstruction": L_r, "contrast": L_c}        # Eq. 7
-
-    @torch.no_grad()
-    def reconstruct(self, x):
-        """Normalised images (B, 3, H, W) → (masked input, prediction), both normalised images.
-
-        Visible patches that the loss leaves out (--pixels masked) are shown as they are. With --norm-pixels each
-        patch gets its true mean and deviation back.
-        """
-        cfg, patches = self.cfg, patchify(x, self.cfg.patch)                                # (B, N, P)
-        mask = random_mask(len(x), self.grid, cfg.mask, x.device).flatten(1)                # (B, N)
-        visible = visible_first(mask)[:, :self.V]                                           # (B, V)
-        y = self.decoder(self.encoder(x, visible), visible).float()                         # (B, N, P)
-        if cfg.norm_pixels:
-            y = y * (patches.var(2, keepdim=True) + 1e-6).sqrt() + patches.mean(2, keepdim=True)
-        shown = torch.where(mask[:, :, None], y, patches) if cfg.pixels == "masked" else y
-        return unpatchify(patches.masked_fill(mask[:, :, None], 0), cfg.patch), unpatchify(shown, cfg.patch)
-
-
-# Loss, §3.2
-
-def normalize_patches(patches):
-    """Each patch of (B, N, P) to mean 0 and standard deviation 1, as in MAE."""
-    return (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
-
-
-def reconstruction_loss(pred, target, mask):
-    """Mean squared error of (B, N, P) over the patches where mask (B, N) is 1; 0 where none is. Eq. 3."""
-    error = (pred.float() - target.float()).square().mean(2)                                # (B, N)
-    return (error * mask).sum() / mask.sum().clamp(min=1)
-
-
-def nt_xent_loss(z1, z2, tau):
-    """NT-Xent of the pairs z1[i], z2[i] (B, any width), mean over all 2B ordered pairs. Eq. 4 to 6."""
-    with torch.autocast(z1.device.type, enabled=False):
-        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)                                 # (2B, width)
-        logits = z @ z.mT / tau                                                             # Eq. 5, by τ (2B, 2B)
-        logits = logits.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)  # k ≠ i
-        partner = torch.arange(len(z), device=z.device).roll(len(z1))                       # j of i: i ± B
-        return F.cross_entropy(logits, partner)                                             # Eq. 4, Eq. 6
-
-
-# Views, §3.1.1
-
-def views(images, cfg):
-    """uint8 images (B, 3, S, S) → target views, normalised (B, 3, img, img): the same twice unless --targets two."""
-    def target():
-        return normalize(random_hflip(random_resized_crop(images, cfg.img, (cfg.crop_min, 1.0))))
-    view1 = target()
-    return view1, (target() if cfg.targets == "two" else view1)
-
-
-def train(cfg):
-    """Trains as `cfg` says; returns the run's folder. Raises UserError, FloatingPointError, SystemExit on a signal."""
-    here = start_processes(cfg.device)
-    data = load_images(cfg.data, "train", cfg.img, cfg.root, cfg.workers, cfg.seed)
-    test = load_images(cfg.data, "test", cfg.img, cfg.root, cfg.workers, cfg.seed)
-    batches = Batches(data[0], cfg.batch, cfg.seed, here)
-
-    torch.manual_seed(cfg.seed)
-    model = MVMAE(cfg).to(here.device)
-    net = DistributedDataParallel(model) if here.world > 1 else model
-    net = torch.compile(net) if cfg.compile else net
-    peak = cfg.lr * cfg.batch * here.world / 256                                            # MAE's rule
-    optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, betas=(0.9, 0.95), fused=True)  # §4.1.1
-    steps, warmup = cfg.epochs * len(batches), cfg.warmup * len(batches)
-
-    run = Run("mvmae", cfg, here, len(batches))
-    step = run.resume(model=model, optimizer=optimizer)
-    while step < steps and not run.stopped:
-        seed_step(cfg.seed, step, here.rank)
-        view1, view2 = views(batches[step], cfg)
-        with autocast(here.device, cfg.amp):
-            losses = net(view1, view2)
-        losses["loss"].backward()
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(step, steps, warmup, peak)
-        optimizer.step()
-        optimizer.zero_grad()
-
-        step += 1
-        run.log(step, losses, optimizer.param_groups[0]["lr"])
-        run.save(step, data, test, model=model, optimizer=optimizer)
-    return run.finish()
+        x = x.scatter(1, visible[:, :, None].expand_as(tokens), tokens)  # each token to its place
+        x = torch.cat([cls, x], 1) + self.pos_embed  # (B, 1 + N, width)
+        return self.pred(self.norm(self.blocks(x)))[:, 1:]  # (B, N, P)
 
 
 def main(argv=None):

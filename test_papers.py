@@ -267,7 +267,7 @@ def test_parameters_of_vit_base():
 
 
 def test_visible_patches_come_first_and_in_order():
-    mask = mvmae.random_mask(5, 4, 0.8).flatten(1)
+    mask = mvmae.random_mask(5, 16, 0.8)
     ids = mvmae.visible_first(mask)
     assert ids.tolist() == [sorted(range(16), key=lambda i: row[i]) for row in mask.tolist()]
     x = normal(5, 16, 7)
@@ -276,9 +276,9 @@ def test_visible_patches_come_first_and_in_order():
 
 def test_masked_pixels_do_not_reach_the_latent():
     model, x = build(SMALL["mvmae"]), normal(4, 3, 16, 16)
-    mask = mvmae.random_mask(4, 4, 0.8)
-    visible = mvmae.visible_first(mask.flatten(1))[:, :3]
-    hidden = mask.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
+    mask = mvmae.random_mask(4, 16, 0.8)
+    visible = mvmae.visible_first(mask)[:, :3]
+    hidden = mask.unflatten(1, (4, 4)).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
     latent, other_masked, other_visible = (model.encoder(image, visible) for image in
                                            (x, torch.where(hidden, 7.0, x), torch.where(hidden, x, 7.0)))
     assert latent.shape == (4, 1 + 3, 48)
@@ -286,12 +286,12 @@ def test_masked_pixels_do_not_reach_the_latent():
 
 
 def test_time_falls_with_the_mask_ratio():
-    cfg, x = replace(mvmae.TINY, img=64), normal(8, 3, 64, 64)                             # 256 patches
+    cfg, x = replace(mvmae.TINY, img=64, depth=2), normal(4, 3, 64, 64)  # 256 patches
     encoder, threads = build(cfg).encoder, torch.get_num_threads()
     torch.set_num_threads(1)  # and processor time: what runs beside the test does not count
     seconds = {}
     for ratio in (0.2, 0.5, 0.8):
-        mask = mvmae.random_mask(8, 16, ratio).flatten(1)
+        mask = mvmae.random_mask(4, 256, ratio)
         visible = mvmae.visible_first(mask)[:, :256 - round(ratio * 256)]
         times = []
         for _ in range(7):
@@ -332,13 +332,14 @@ def mae_loss(model, x, mask, norm_pixels=False):
 
 @pytest.mark.parametrize("norm_pixels", [False, True])
 def test_without_contrast_and_with_one_view_it_is_mae(norm_pixels):
-    model = build(replace(SMALL["mvmae"], targets="one", lam=0.0, norm_pixels=norm_pixels))
-    x = normal(6, 3, 16, 16)
+    model = build(replace(SMALL["mvmae"], targets="one", lam=0.0, mask=0.75, norm_pixels=norm_pixels))
+    x, rows = normal(6, 3, 16, 16), []
+    model.encoder.register_forward_hook(lambda encoder, inputs, z: rows.append(z.shape))
     torch.manual_seed(5)
     losses = model(x, None)
     torch.manual_seed(5)
-    mask = mvmae.random_mask(6, 4, 0.8).flatten(1)
-    assert set(losses) == {"loss", "reconstruction"}
+    mask = mvmae.random_mask(6, 16, 0.75)
+    assert set(losses) == {"loss", "reconstruction"} and rows == [(6, 1 + 4, 48)]  # B rows, not 2B
     assert losses["loss"].item() == pytest.approx(mae_loss(model, x, mask, norm_pixels).item(), rel=1e-5)
 
 
@@ -350,7 +351,7 @@ def test_forward_is_section_3(change):
     torch.manual_seed(5)
     losses = model(*views)
     torch.manual_seed(5)
-    masks = mvmae.random_mask(12, 4, cfg.mask).flatten(1).chunk(2)
+    masks = mvmae.random_mask(12, 16, cfg.mask).chunk(2)
     L_r, z = 0, []
     for x, mask in zip(views, masks):                                                      # each view by itself
         visible = mvmae.visible_first(mask)[:, :3]                                             # Eq. 1
@@ -363,18 +364,34 @@ def test_forward_is_section_3(change):
     assert losses["loss"].item() == pytest.approx((L_r + cfg.lam * L_c).item(), rel=1e-5)  # Eq. 7
     assert ("contrast" in losses) == (cfg.lam > 0)
     assert cfg.lam == 0 or losses["contrast"].item() == pytest.approx(L_c.item(), rel=1e-5)
-    features = model.encoder.features(views[0])
-    tokens = model.encoder(views[0])
-    assert torch.allclose(features, tokens[:, 0] if cfg.pool == "cls" else tokens[:, 1:].mean(1), atol=1e-6)
+    features, latent = model.encoder.features(views[0]), model.encoder(views[0])
+    assert torch.allclose(features, latent[:, 0] if cfg.pool == "cls" else latent[:, 1:].mean(1), atol=1e-6)
+    assert torch.equal(model.encoder.tokens(views[0]), latent[:, 1:]) and latent.shape == (6, 1 + 16, 48)
 
 
-def test_attention_is_the_class_tokens():
-    encoder, x = build(SMALL["mvmae"]).encoder, normal(2, 3, 16, 16)
-    block, tokens = encoder.blocks[-1], encoder.embed(x)
-    q, k = block.attn.qkv(block.norm1(tokens)).unflatten(2, (3, 3, 16)).unbind(2)[:2]      # (B, 1 + N, K, D/K)
-    for head in range(3):
-        full = torch.softmax(q[:, :, head] @ k[:, :, head].transpose(1, 2) / 4, 2)         # (B, 1 + N, 1 + N)
-        assert torch.allclose(encoder.attention(x)[:, head], full[:, 0, 1:], atol=1e-6)
+def test_contrast_of_weight_0_is_not_computed(monkeypatch):
+    calls = []
+    monkeypatch.setattr(mvmae, "nt_xent_loss", lambda *z: calls.append(z) or torch.zeros(()))
+    for lam in (0.0, 2.0):
+        build(replace(SMALL["mvmae"], lam=lam))(normal(4, 3, 16, 16), normal(4, 3, 16, 16, seed=1))
+        assert len(calls) == (lam > 0)
+
+
+@pytest.mark.parametrize("change", [{}, {"pixels": "all"}, {"norm_pixels": True}])
+def test_reconstruct_shows_what_the_loss_counts(change):
+    model, x = build(replace(SMALL["mvmae"], **change)), normal(4, 3, 16, 16)
+    with torch.no_grad():
+        model.decoder.pred.weight.zero_()
+        model.decoder.pred.bias.fill_(2.0)
+    masked, shown = model.reconstruct(x)
+    hidden = masked != x
+    assert hidden.double().mean() == 13 / 16 and (masked[hidden] == 0).all()
+    patches = mvmae.patchify(x, 4)
+    expected = torch.full_like(patches, 2.0)
+    if "norm_pixels" in change:
+        expected = patches.mean(2, keepdim=True) + 2.0 * patches.std(2, keepdim=True)
+    expected = mvmae.unpatchify(expected.expand_as(patches), 4)
+    assert torch.allclose(shown, expected if "pixels" in change else torch.where(hidden, expected, x), atol=1e-4)
 
 
 PLAIN = {camae: {"jitter": 0.0, "gray": 0.0, "blur": 0.0}, macrl: {"jitter_s": 0.0, "gray_s": 0.0}}
@@ -396,6 +413,19 @@ def test_views_are_flipped_and_of_many_sizes(module):
 def test_one_target_view_for_both_branches():
     same = mvmae.views((255 * torch.rand(8, 3, 16, 16)).byte(), replace(SMALL["mvmae"], targets="same"))
     assert torch.equal(*same)
+
+
+def test_target_views_are_crops_and_flips_by_the_kernel_asked_for():
+    x, aspect, views = (255 * torch.rand(8, 3, 16, 16)).byte(), torch.linspace(0.5, 2.0, 8), {}
+    for kernel in ("linear", "bicubic"):
+        torch.manual_seed(3)
+        views[kernel] = mvmae.views(x, replace(SMALL["mvmae"], kernel=kernel, crop_min=0.4), aspect)
+        torch.manual_seed(3)
+        for view in views[kernel]:
+            crop = common.random_resized_crop(x, 16, (0.4, 1.0), aspect=aspect, kernel=kernel)
+            assert torch.equal(view, common.normalize(common.random_hflip(crop)))
+    assert not torch.allclose(views["linear"][0], views["bicubic"][0], atol=1e-2)
+    assert not torch.equal(*views["linear"])
 
 
 # CMAE

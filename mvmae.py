@@ -10,7 +10,7 @@ One training step on B images of N patches, V of them visible, D the width of a 
     mask = 80 % of the patches of each view, at random     # §3.1.2    (2·B, N)
     visible = the patches that are not masked              # Eq. 1     (2·B, V)
     z = f(visible patches + positions)                     # Eq. 2     (2·B, 1 + V, D), class token first
-    y = g(z, mask tokens in the places between)            # §3.1.4    (2·B, N, P)
+    y = g(z, mask tokens in the other places)              # §3.1.4    (2·B, N, P)
     L_r = MSE(y, views), masked patches only               # Eq. 3     a number
     z1, z2 = mean of the patches' tokens in z              # §3.2.2    (B, D)
     L_c = NT-Xent(z1, z2)                                  # Eq. 4–6   a number

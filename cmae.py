@@ -148,7 +148,7 @@ def contrastive_crop(images, size, scale, boxes, alpha, aspect=None):
 
 
 def crop_starts(low, high, length, place):
-    """Where crops of `length` begin, centred at `place` (0…1) between low and high as far as they fit; all (B,), 0…1."""
+    """Where crops of `length` begin, centred at `place` (0…1) between low and high, if they fit; each (B,), 0…1."""
     low, high = ((edge - length / 2).clamp(min=0).minimum(1 - length) for edge in (low, high))
     return torch.lerp(low, high, place)
 

@@ -389,9 +389,10 @@ def test_semantic_boxes_are_equation_1(k):
 
 
 def cut(monkeypatch, n, side, make):
-    """The boxes that make(images (n, 3, side, side)) cuts out, as shares of the side: top, left, height, width, (n,)."""
+    """The boxes that make(images (n, 3, side, side)) cuts out: top, left, height, width as shares of the side, (n,)."""
     seen = []
-    monkeypatch.setattr(cmae, "crop_resize", lambda images, boxes, size: seen.append(boxes) or images[:, :, :size, :size])
+    monkeypatch.setattr(cmae, "crop_resize", lambda images, boxes, size: (
+        seen.append(boxes), images[:, :, :size, :size])[1])
     torch.manual_seed(0)
     make(torch.zeros(1).expand(n, 3, side, side))
     return [b.double() / side for b in seen[-1]]
@@ -413,7 +414,7 @@ def test_centres_of_crops_follow_the_beta_law_where_they_fit(alpha, area, monkey
         assert -1e-3 < u[0] and u[-1] < 1 + 1e-3                                           # pixels are whole
         gap = law[(u.clamp(0, 1 - 1e-9) * 200_000).long()] - torch.arange(n) / n
         assert gap.abs().max() < 1.95 / math.sqrt(n)                                       # Kolmogorov–Smirnov, 0.001
-    assert (top - left).abs().max() > 0.2                                                  # not the same number for both
+    assert (top - left).abs().max() > 0.2                                                  # not one number for both
 
 
 def test_contrastive_crop_is_a_crop_around_the_box():
@@ -626,7 +627,8 @@ def test_without_the_contrast_the_averages_stand_still(tmp_path):
     cfg = replace(SMALL["cmae"], lam_ctr=0.0, epochs=1, warmup=0.0, data="shapes", images=32, out=str(tmp_path / "run"))
     cmae.train(cfg)
     trained, begun = common.load_checkpoint(tmp_path / "run")["model"], build(cfg).state_dict()
-    assert all(torch.equal(trained[name], begun[name]) for name in begun if name.startswith(("M_E", "M_P", "projection")))
+    still = [name for name in begun if name.startswith(("M_E", "M_P", "projection"))]
+    assert len(still) > 20 and all(torch.equal(trained[name], begun[name]) for name in still)
     assert not torch.equal(trained["encoder.norm.weight"], begun["encoder.norm.weight"])
 
 
@@ -664,20 +666,21 @@ def test_decoders_train_and_have_the_pages_parameters(decoder):
     assert [type(block).__name__ for block in model.decoder.blocks] == [rest, middle, rest]
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
     x = common.normalize(common.load_images("shapes", "train", 16)[0][:16] / 255)
-    for _ in range(60):
+    for _ in range(30):
         loss = model(x, x)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.decoder.blocks.parameters())
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10]), losses
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), losses
     command = "python cmae.py" + {"transformer": ""}.get(decoder, f" --decoder {decoder}") + (
         " --heat features" if decoder in ("mlp", "conv") else "")
-    row = re.search(rf"\| ([\d., ]+) \| `{command}` \|", (HERE / "papers/cmae.md").read_text())
+    row = re.search(rf"\| ([\d.]+, [\d., ]+) \| `{command}` \|", (HERE / "papers/cmae.md").read_text())
     for width, millions in zip((512, 256, 128, 64), row[1].split(","), strict=True):
-        blocks = cmae.decoder_blocks(cmae.Config(decoder=decoder, decoder_dim=width, heat="features"))
-        n = sum(p.numel() for p in cmae.Decoder(768, 8, 192, width, blocks).parameters())
+        with torch.device("meta"):
+            blocks = cmae.decoder_blocks(cmae.Config(decoder=decoder, decoder_dim=width, heat="features"))
+            n = sum(p.numel() for p in cmae.Decoder(768, 8, 192, width, blocks).parameters())
         assert f"{n / 1e6:.2f}" == millions.strip()
 
 
@@ -691,7 +694,7 @@ def test_convolution_reaches_neighbours_only_and_passes_the_class_token():
 
 
 def test_convolution_is_depthwise_and_drawn_by_its_own_fans():
-    """Nine numbers go into one of a channel, and one into nine: Xavier's deviation is √(2/18), also within a Decoder."""
+    """Nine numbers go into one of a channel, one into nine: Xavier's deviation is √(2/18), also within a Decoder."""
     torch.manual_seed(0)
     block = cmae.Decoder(48, 4, 48, 256, [cmae.ConvBlock(256, 4)]).blocks[0]
     assert block.kernel.std().item() == pytest.approx(1 / 3, rel=0.05) and block.kernel.abs().max() < 1 / math.sqrt(3)

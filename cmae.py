@@ -14,7 +14,8 @@ One training step on B images of N patches, V of them visible, D the width of a 
     L_ctr = InfoNCE(P(mean of h1), M_P(mean of h2))         # Eq. 3        a number, from vectors (B, D)
     L_loc = ‖p - true place, one-hot‖, p = MLP(q1)          # Eq. 4, 5     a number, from (B, V, N)
     L_con = MSE(decoder(q1), x_q), masked patches only      # §3.5         a number
-    step of AdamW on λ_ctr·L_ctr + λ_loc·L_loc + λ_con·L_con for E, P, MLP, decoder; M_E, M_P follow E, P.  Eq. 6, §3.3
+    step of AdamW on λ_ctr·L_ctr + λ_loc·L_loc + λ_con·L_con  # Eq. 6
+    M_E, M_P ← m·(M_E, M_P) + (1 - m)·(E, P)                # §3.3, MoCo v3's momentum average
 
 What may change the result, because the paper does not say it: whether Eq. 4's tokens were told their places
 (--location-from: they are, as in MAE; the task is then trivial, but the printed norm's gradient does not fade as its
@@ -24,9 +25,8 @@ loss does, so that E learns to keep places); what of h is projected, and how (--
 
     python cmae.py                                           Table 1's CMAE, as far as it is told, for a GPU
     python cmae.py --tiny --data shapes                      a first look on a laptop; then eval_linear.py, show.py
-
-Measured, with τ 0.2, k 0.1 and the location head begun at random: --tiny, 5 epochs of CIFAR-10 (JPEG): kNN 36.4 %,
-linear probe 46.2 % (untrained 33.6, 43.6). FIRSTEPOCH Every other choice, symbol, misprint, table: papers/cmae.md.
+Measured: FIRSTEPOCH
+Every other choice, symbol and misprint, and the paper's tables: papers/cmae.md.
 """
 import copy, math, sys
 from collections import OrderedDict
@@ -57,7 +57,7 @@ class Config:
     pool: Literal["mean", "cls"] = "mean"  # what of h is projected: its patches' mean, or its class tokens
     momentum: float = 0.99  # of M_E and M_P, rising to 1 by a cosine; MoCo v3's
     location_from: Literal["positions", "content"] = "positions"  # Eq. 4's tokens: q1, or encoded without positions
-    norm_pixels: bool = False  # restore patches brought to mean 0, deviation 1 (MAE's best); no: pixels, §3.5
+    norm_pixels: bool = False  # reconstruct patches at mean 0, deviation 1 (MAE's best); no: "pixel form", §3.5
     heat: Literal["attention", "features"] = "attention"  # what the heat map M is made of, §3.2
     k: float = 0.1  # threshold of M, 0…1, Eq. 1; ContrastiveCrop's
     alpha: float = 0.6  # crop centres by Beta(α, α) across I, below 1 rather at its ends; ContrastiveCrop's
@@ -97,7 +97,7 @@ class Config:
     workers: int = 0  # threads that decode a folder, 0 for one a core
     log_every: int = 20  # steps between rows of metrics.csv
     knn_every: int = 10  # epochs between kNN checks, 0 for none
-    tiny: bool = False  # a size for a laptop: minutes on a CPU
+    tiny: bool = False  # a size for a laptop
 
     def __post_init__(self):
         check_config(self)
@@ -206,7 +206,7 @@ class CMAE(nn.Module):
     def forward(self, view1, view2):
         """Normalised views (B, 3, H, W) → {"loss": Eq. 6, "contrast": Eq. 3, "location": Eq. 5, "reconstruction"},
         without what a weight of 0 leaves out."""
-        cfg, V, losses, x_q, x_k = self.cfg, self.V, {}, view1, view2
+        cfg, V, x_q, x_k, L_ctr, L_loc, L_con, losses = self.cfg, self.V, view1, view2, 0, 0, 0, {}
         mask_q = random_mask(len(x_q), self.N, cfg.mask, x_q.device)  # §3.3, (B, N)
         order_q = visible_first(mask_q)  # (B, N)
         visible = order_q[:, :V]  # (B, V)
@@ -219,18 +219,17 @@ class CMAE(nn.Module):
             h1, h2 = restore(q1, q2, order_q), restore(k1, k2, order_k)  # Eq. 2, (B, 1 + N, D)
             z_q = gather(self.projection(self.encoder.vector(h1)))  # (world·B, D)
             z_k = gather(self.M_P(self.encoder.vector(h2)))  # (world·B, D)
-            losses["contrast"] = info_nce_loss(z_q, z_k, cfg.tau)  # Eq. 3
+            losses["contrast"] = L_ctr = info_nce_loss(z_q, z_k, cfg.tau)  # Eq. 3
         if cfg.lam_loc > 0:
             tokens = self.encoder(x_q, visible, positions=False) if cfg.location_from == "content" else q1
             p = self.location(tokens[:, 1:])  # Eq. 4, (B, V, N)
-            losses["location"] = location_loss(p, visible)  # Eq. 5
+            losses["location"] = L_loc = location_loss(p, visible)  # Eq. 5
         if cfg.lam_con > 0:
             y = self.decoder(q1, visible)  # §3.5, (B, N, P)
             target = patchify(x_q, cfg.patch)  # (B, N, P)
             target = normalize_patches(target) if cfg.norm_pixels else target
-            losses["reconstruction"] = reconstruction_loss(y, target, mask_q)  # L_con of §3.5
-        loss = (cfg.lam_ctr * losses.get("contrast", 0) + cfg.lam_loc * losses.get("location", 0) +
-                cfg.lam_con * losses.get("reconstruction", 0))  # Eq. 6
+            losses["reconstruction"] = L_con = reconstruction_loss(y, target, mask_q)  # §3.5
+        loss = cfg.lam_ctr * L_ctr + cfg.lam_loc * L_loc + cfg.lam_con * L_con  # Eq. 6
         return {"loss": loss, **losses}
 
     def heat(self, x):
@@ -337,7 +336,7 @@ def train(cfg):
     return run.finish()
 
 
-# Parts. p here the side of a patch in pixels, d = D/K the width of a head; width is the decoder's.
+# Parts. p here the side of a patch in pixels; K heads, each d = D/K wide; width is the decoder's.
 
 def ema(average, model, m):
     """average ← m·average + (1 - m)·model, weight by weight, for two networks of the same shape."""
@@ -425,7 +424,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, N, d) each, d = D/K
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, N, d) each
         return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 

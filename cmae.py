@@ -1,87 +1,32 @@
 """CMAE: Jiawei Mao, Xuesong Yin, Yuanqi Chang and Honggu Zhou, "Improvements to Self-Supervised Representation Learning
-for Masked Image Modeling", arXiv 2205.10546, 2022. Not the CMAE of Huang et al., "Contrastive Masked Autoencoders are
-Stronger Vision Learners", arXiv 2207.13532, which is another method.
+for Masked Image Modeling", arXiv 2205.10546, 2022. Not the CMAE of Huang et al. (arXiv 2207.13532), another method.
 
-A masked autoencoder whose encoder has two tasks of its own: the visible and masked tokens of a view, put together
-again, are contrasted with those that a momentum encoder makes of another view; and the place of each visible token is
-predicted from it. The views are cut around the main object, which the encoder itself finds (ContrastiveCrop), and the
-decoder may be weaker than a transformer.
+A masked autoencoder whose encoder E has two tasks of its own: the tokens of a view, visible and masked ones encoded
+apart, are contrasted with those that a momentum encoder M_E makes of another view; and each visible token's place is
+predicted. Views are cut around the object, which E itself finds (ContrastiveCrop). P, M_P: projection, its average.
 
-Symbols of the paper → here
-    M, k, I         heat map, threshold, rectangle           heat (B, n, n), k, boxes (B, 4): top, left, bottom, right,
-                                                             as shares of the image's side
-    s, r            scale and aspect of a crop               scale; the aspect is 3/4 to 4/3
-    x_q, x_k        the two views                            view1, view2 (B, 3, H, W)
-    E, M_E, P, M_P  encoder, projection, and their averages  encoder, M_E, P, M_P
-    q_1, q_2        E's visible and masked tokens of x_q     q1 (B, 1 + V, D), q2, class token first
-    k_1, k_2        M_E's visible and masked tokens of x_k   k1, k2
-    h_1, h_2        all tokens of a view in order            h1, h2 (B, N, D)
-    z_q, z_k        projected vectors, of all processes      z_q, z_k (world·B, D)
-    p, t            predicted and true places, one-hot       p (B, V, N); t is made from positions (B, V)
-    L_ctr, L_loc, L_con, each with its λ                     L_ctr, L_loc, L_con, lam_ctr, lam_loc, lam_con
+One training step on B images of N patches, V of them visible, D the width of a token:
+    I = the box around where E's heat map M is above k      # Eq. 1        (B, 4), anew every 60 epochs
+    x_q, x_k = flip(crop(images, I)), the same again        # §3.2         (B, 3, 64, 64)
+    q1, q2 = E(visible of x_q), detach(E(masked of x_q))    # §3.3         (B, 1 + V, D), (B, 1 + N - V, D)
+    k1, k2 = M_E(visible of x_k), M_E(masked of x_k)        # §3.3         the same shapes
+    h1, h2 = restore([q1, q2]), restore([k1, k2])           # Eq. 2        (B, 1 + N, D)
+    L_ctr = InfoNCE(P(mean of h1), M_P(mean of h2))         # Eq. 3        a number, from vectors (B, D)
+    L_loc = ‖p - true place, one-hot‖, p = MLP(q1)          # Eq. 4, 5     a number, from (B, V, N)
+    L_con = MSE(decoder(q1), x_q), masked patches only      # §3.5         a number
+    step of AdamW on λ_ctr·L_ctr + λ_loc·L_loc + λ_con·L_con  # Eq. 6
+    M_E, M_P ← m·(M_E, M_P) + (1 - m)·(E, P)                # §3.3, MoCo v3's momentum average
 
-Equations → here
-    1               semantic_boxes is F(1[M > k]), contrastive_crop is R_crop(s, r, I)
-    2, 4, 6         lines of CMAE.forward; restore
-    3, 5            info_nce_loss, location_loss
+What may change the result, because the paper does not say it: whether Eq. 4's tokens were told their places
+(--location-from: they are, as in MAE; the task is then trivial, but the printed norm's gradient does not fade as its
+loss does, so that E learns to keep places); what of h is projected, and how (--pool, --projection); what M is, and k:
+0.1 may give boxes of nearly whole images (--heat, --k); for which batch the rate is (--lr 4e-3); Table 1's decoder
+(--decoder); and "frozen and fine-tuned": eval_linear.py measures the one, eval_finetune.py the other.
 
-Where this file departs from the paper
-    Left open                             Here                                              Flag
-    which decoder and which M Table 1's   the original decoder, attention                   --decoder --heat
-      CMAE has
-    patch, for 64×64 images               8, so N = 64                                      --patch
-    crops                                 0.2 to 1 of the area, aspect 3/4 to 4/3, flips;   --crop-min
-                                            no colour is named, and there is none
-    ContrastiveCrop's numbers             k 0.1, Beta(0.6, 0.6), 60 epochs (a fifth of 300) --k --alpha
-                                          of plain random crops, then boxes anew every 60:    --crop-from
-                                          its paper's (arXiv 2202.03278); its code has        --crop-every
-                                          Beta(0.1, 0.1) for Tiny-ImageNet. With a ViT, k 0.1
-                                          may give nearly whole images (training prints how
-                                          much, show.py draws it): then --k 0.5
-    M is enlarged to the image there      it stays at n×n: boxes end where patches do       -
-    M from the last layer's features,     mean of their absolute value over channels,       --heat features
-      "weighted" in each channel            before the last norm, which makes all tokens
-                                            equally large
-    M from multi-head attention           the last block's, from the class token, mean of   --heat attention
-                                            the heads. That token's query is trained
-                                            through a transformer decoder alone
-    other z_k of Eq. 3                    the batch's, of all processes                     --batch
-    directions                            as printed: x_q is located, restored, contrasted  -
-                                            with x_k, and not the other way round
-    momentum                              MoCo v3's: 0.99, rising to 1 by a cosine          --momentum
-    how P makes one vector of h           mean over tokens, to which Eq. 2's order is all   -
-                                            one, then a 2-layer MLP of width D
-    Eq. 3's τ, dot product                0.2, of l2-normalised vectors: MoCo v3's          --tau
-    q_2, k_2                              encoded by themselves, with a class token of      -
-                                            their own; h has no class token
-    Eq. 4: MLP(MLP(·))                    each MLP is one linear layer, D wide, GELU        -
-                                            between; p is taken as it is, no softmax
-    base rate 1e-3: for how many images   256, MAE's rule, which makes 2.5e-4 at batch 64;  --lr 4e-3
-                                            the other reading is 1e-3 itself
-    original decoder                      MAE's: 8 blocks, 512 wide, 16 heads               --decoder-depth
-                                                                                            --decoder-dim
-    "deep convolution"                    depthwise, then a layer across channels; norm,    --decoder conv
-                                            GELU and residual as in a transformer block
-    "replace the decoder middle layer"    layer depth/2, counted from 0                     --decoder hybrid-mlp,
-                                                                                              hybrid-conv
-    §4.2: "frozen and fine-tuned"         linear probe, by eval_linear.py                   -
-    Printed otherwise
-    §3.3: "q_2 belongs to the unmasked"   q_2 holds the masked tokens; no gradient there
-    Eq. 5: ‖q - t‖₂                       ‖p - t‖₂, a token's norm, mean over tokens
-    As printed, and its effect
-    §3.4                                  a visible token carries its place into E, as in MAE: E learns to keep it
-    §3.5: "MLP decoder"                   nothing moves between tokens: a masked patch gets what its place alone
-                                            predicts, and L_con teaches E nothing
-
-    python cmae.py                                           Table 1's CMAE, as far as it is told
-    python cmae.py --decoder conv --decoder-dim 128          a weaker decoder
-    python cmae.py --tiny --data shapes                      a first look on a laptop
-    python eval_linear.py runs/cmae-DATE-TIME                kNN and linear probe of what came out
-    python show.py runs/cmae-DATE-TIME                       reconstructions, attention, boxes and crops
-
-Measured: --tiny, 5 epochs of CIFAR-10 (JPEG) on one CPU core: kNN 36.4 %, linear probe 46.2 % (untrained 33.6, 43.6);
-2 epochs of Tiny-ImageNet: 7.3 and 13.5 %. The paper's configuration is not measured yet. Commands and the rest:
-RESULTS.md.
+    python cmae.py                                           Table 1's CMAE, as far as it is told, for a GPU
+    python cmae.py --tiny --data shapes                      a first look on a laptop; then eval_linear.py, show.py
+Measured: FIRSTEPOCH
+Every other choice, symbol and misprint, and the paper's tables: papers/cmae.md.
 """
 import copy, math, sys
 from collections import OrderedDict
@@ -93,11 +38,10 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from common import (Batches, Run, autocast, check, check_config, cosine_lr, crop_boxes, crop_resize, launch,
-                    load_images, normalize, param_groups, random_hflip, random_resized_crop, resize, seed_step,
-                    start_processes)
+from common import (Batches, Run, autocast, check, check_above, check_config, check_least, check_mask, check_share,
+                    cosine_lr, crop_boxes, crop_resize, init_encoders, launch, load_data, normalize, param_groups,
+                    random_hflip, random_resized_crop, recompute, resize, schedule, seed_step, start_processes)
 
 
 @dataclass
@@ -105,147 +49,298 @@ class Config:
     """Every setting, each a flag of the command line. Raises UserError for a value out of range."""
     # method
     mask: float = 0.75  # share of the patches that is masked, §4.2
-    lam_ctr: float = 1.0  # weight of the contrast, §3.6
-    lam_loc: float = 1.0  # weight of the location prediction, §3.6
-    lam_con: float = 1.0  # weight of the reconstruction, §3.6
-    tau: float = 0.2  # τ, temperature; ours: MoCo v3's
-    momentum: float = 0.99  # of M_E and M_P, rising to 1 by a cosine; ours: MoCo v3's
+    lam_ctr: float = 1.0  # λ_ctr, weight of the contrast, §3.6; 0 leaves it out
+    lam_loc: float = 1.0  # λ_loc, weight of the location prediction, §3.6; 0 leaves it out
+    lam_con: float = 1.0  # λ_con, weight of the reconstruction, §3.6; 0 leaves it out
+    tau: float = 0.07  # τ, temperature, §3.3: [32], Wu et al.'s
+    projection: Literal["linear", "mlp"] = "mlp"  # "projection layer P", §3.3: one layer, or MoCo v2's two
+    pool: Literal["mean", "cls"] = "mean"  # what of h is projected: its patches' mean, or its class tokens
+    momentum: float = 0.99  # of M_E and M_P, rising to 1 by a cosine; MoCo v3's
+    location_from: Literal["positions", "content"] = "positions"  # Eq. 4's tokens: q1, or encoded without positions
+    norm_pixels: bool = False  # reconstruct patches at mean 0, deviation 1 (MAE's best); no: "pixel form", §3.5
     heat: Literal["attention", "features"] = "attention"  # what the heat map M is made of, §3.2
-    k: float = 0.1  # threshold of M, 0…1, Eq. 1; ours: ContrastiveCrop's
-    alpha: float = 0.6  # crop centres by Beta(α, α) across I, below 1 rather at its ends; ours: ContrastiveCrop's
-    crop_from: int = 60  # epochs of plain random crops before (all of --epochs: only such); ours: ContrastiveCrop's
-    crop_every: int = 60  # epochs between computing the boxes anew; ours: ContrastiveCrop's
-    crop_min: float = 0.2  # smallest crop, share of the area; ours: MAE's
+    k: float = 0.1  # threshold of M, 0…1, Eq. 1; ContrastiveCrop's
+    alpha: float = 0.6  # crop centres by Beta(α, α) across I, below 1 rather at its ends; ContrastiveCrop's
+    crop_from: int = 60  # epochs of plain random crops before (all of --epochs: only such); ContrastiveCrop's
+    crop_every: int = 60  # epochs between computing the boxes anew; ContrastiveCrop's
+    crop_min: float = 0.2  # smallest crop, share of the area; MAE's
     # model
     img: int = 64  # side of the views in pixels, §4.1
-    patch: int = 8  # side of a patch in pixels; ours
+    patch: int = 8  # side of a patch in pixels; a choice made here
     dim: int = 768  # width D, §4.2: ViT-Base
-    depth: int = 12  # blocks, §4.2
-    heads: int = 12  # heads K, §4.2
+    depth: int = 12  # blocks, §4.2: ViT-Base
+    heads: int = 12  # heads K, §4.2: ViT-Base
     decoder: Literal["transformer", "mlp", "conv", "hybrid-mlp", "hybrid-conv"] = "transformer"  # §3.5
-    decoder_depth: int = 8  # blocks of the decoder; ours: MAE's
+    decoder_depth: int = 8  # blocks of the decoder; MAE's
     decoder_dim: int = 512  # width of the decoder: 512, 256, 128 or 64 in §3.5
-    decoder_heads: int = 16  # heads of the decoder; ours: MAE's
+    decoder_heads: int = 16  # heads of the decoder; MAE's
     # optimisation
     epochs: int = 300  # passes over the data, §4.2
     batch: int = 64  # images per step and per process, §4.2
-    lr: float = 1e-3  # base learning rate, §4.2; for a batch of 256: ours, MAE's rule
+    lr: float = 1e-3  # base learning rate, §4.2; taken to be for a batch of 256, as MAE's
     wd: float = 0.05  # weight decay, §4.2
-    warmup: int = 40  # epochs of linear warm-up; ours: MAE's
+    warmup: float = 40.0  # epochs of linear warm-up; MAE's
+    steps: int = 0  # stop after so many steps, the schedule too; 0 for all of --epochs
     # run
     data: str = "tiny-imagenet"  # cifar10, cifar100, stl10, tiny-imagenet, shapes, or a folder; §4.1
-    root: str = "data"  # where data sets are downloaded to and decoded; ours
-    out: str = ""  # folder of the run, new or empty; ours: runs/cmae-DATE-TIME
-    resume: str = ""  # folder of a run to go on with; ours
-    seed: int = 0  # of all random numbers; ours
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute; ours
-    amp: bool = True  # bfloat16 autocast where the device has it; ours
-    compile: bool = False  # torch.compile the model; ours
-    workers: int = 0  # threads that decode a folder, 0 for one a core; ours
-    log_every: int = 20  # steps between rows of metrics.csv; ours
-    knn_every: int = 10  # epochs between kNN checks, 0 for none; ours
-    tiny: bool = False  # a size for a laptop: minutes on a CPU; ours
+    images: int = 0  # train on so many images, a fixed choice; 0 for all
+    store: int = 0  # side in pixels at which images are kept, squeezed to squares; 0 for 8/7 of --img
+    root: str = "data"  # where data sets are downloaded to and decoded
+    out: str = ""  # folder of the run, new or empty (default: runs/cmae-DATE-TIME)
+    init: str = ""  # begin with the weights of this encoder: a run, its encoder.pt, or a state dict of timm's
+    resume: str = ""  # folder of a run to go on with
+    seed: int = 0  # of all random numbers
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute
+    amp: bool = True  # bfloat16 autocast where the device is fast in it
+    compile: bool = False  # torch.compile the model
+    recompute: bool = False  # compute the encoder's blocks a second time in backward: less memory, more time
+    workers: int = 0  # threads that decode a folder, 0 for one a core
+    log_every: int = 20  # steps between rows of metrics.csv
+    knn_every: int = 10  # epochs between kNN checks, 0 for none
+    tiny: bool = False  # a size for a laptop
 
     def __post_init__(self):
         check_config(self)
-        patches = (self.img // self.patch) ** 2
-        check(0 < self.mask < 1 and 0 < round(self.mask * patches) < patches, "--mask", self.mask,
-              f"must lie between 0 and 1 and leave some of {patches} patches masked and some visible")
-        lams = self.lam_ctr, self.lam_loc, self.lam_con
-        check(min(lams) >= 0 and 0 < sum(lams) < math.inf, "--lam-ctr, --lam-loc, --lam-con", lams,
-              "must not be negative, and not all 0")
-        check(self.batch >= 2, "--batch", self.batch, "must be at least 2, or there are no negatives")
-        check(0 < self.tau < math.inf, "--tau", self.tau, "must be above 0")
-        check(0 <= self.momentum <= 1, "--momentum", self.momentum, "must lie between 0 and 1")
-        check(0 <= self.k < 1, "--k", self.k, "must lie between 0 and 1")
-        check(0 < self.alpha < math.inf, "--alpha", self.alpha, "must be above 0")
-        check(self.crop_from >= 0, "--crop-from", self.crop_from, "must not be negative")
-        check(self.crop_every >= 1, "--crop-every", self.crop_every, "must be at least 1")
-        check(0 < self.crop_min <= 1, "--crop-min", self.crop_min, "must lie between 0 and 1")
-        check(self.decoder_depth >= 1, "--decoder-depth", self.decoder_depth, "must be at least 1")
-        check(self.decoder_heads >= 1, "--decoder-heads", self.decoder_heads, "must be at least 1")
-        check(self.decoder_dim > 0 and self.decoder_dim % (4 * self.decoder_heads) == 0, "--decoder-dim",
-              self.decoder_dim, f"must be a multiple of 4 times --decoder-heads {self.decoder_heads}")
+        check_mask(self)
+        check_least(self, 0, "lam_ctr lam_loc lam_con crop_from")
+        lams = self.lam_ctr + self.lam_loc + self.lam_con
+        check(lams > 0, "--lam-ctr, --lam-loc, --lam-con", lams, "must be at least 0, and not all 0")
+        check(self.lam_ctr == 0 or self.batch >= 2, "--batch", self.batch, "must be at least 2 to have negatives")
+        check_above(self, 0, "tau alpha crop_min crop_every")
+        check_share(self, "momentum crop_min")
+        check(0 <= self.k < 1, "--k", self.k, "must lie between 0 and 1, and not be 1")
+        attends = self.decoder == "transformer" or self.decoder.startswith("hybrid") and self.decoder_depth > 1
+        learns = self.lam_con > 0 and attends or self.lam_ctr > 0 and self.pool == "cls"
+        check(self.heat == "features" or learns, "--heat", self.heat,
+              "shows where the class token looks, which no loss teaches it here: take --heat features")
 
 
-TINY = Config(crop_from=1, crop_every=2, img=32, patch=4, dim=192, depth=4, heads=3, decoder_depth=2, decoder_dim=96,
-              decoder_heads=3, epochs=8, batch=128, warmup=1, data="cifar10", knn_every=1, tiny=True)
+TINY = Config(k=0.5, crop_from=1, crop_every=2, img=32, patch=4, dim=192, depth=4, heads=3, decoder_depth=2,
+              decoder_dim=96, decoder_heads=3, epochs=8, batch=128, warmup=1.0, data="cifar10", knn_every=1, tiny=True)
 
 
-# Transformer. B batch, N patches, V visible ones, D width, K heads, n patches a side, p pixels a side of a
-# patch; P in shapes is 3·p·p, the numbers of a patch, and width is the decoder's.
+# The paper, §3. B images, N = n·n patches, V visible ones, D width of a token, K heads, P values of a patch, (world·B)
+# all processes' images. As in the paper, p are predicted places, and k is a threshold or, beside q, what is contrasted.
 
-def sincos_pos_embed(dim, grid):
-    """Fixed sine-cosine positions of grid×grid patches, (1, N, D): half of D for the row, half for the column."""
-    omega = 10000 ** -(torch.arange(dim // 4) / (dim // 4))
-    angle = torch.arange(grid)[:, None] * omega                                             # (grid, D/4)
-    one = torch.cat([angle.sin(), angle.cos()], 1)                                          # (grid, D/2)
-    rows, columns = one[:, None].expand(grid, grid, -1), one[None].expand(grid, grid, -1)
-    return torch.cat([rows, columns], 2).reshape(1, grid * grid, dim)
+def views(images, cfg, aspect=None, boxes=None):
+    """Two crops of each image, around its object if `boxes` say where it is, each flipped or not. §3.2
 
-
-def mlp(dim, hidden, out):
-    """Two layers with GELU between, each token on its own; parts named as in timm."""
-    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, out)))
-
-
-def attend(q, k, tokens):
-    """How the mean query of `tokens` (a slice of the N) attends to all N: (B, K, N, D/K) twice → (B, K, N), sum 1."""
-    q = q.float()[:, :, tokens].mean(2, keepdim=True)                                       # (B, K, 1, D/K)
-    return ((q * k.float()).sum(3) / k.shape[3] ** 0.5).softmax(2)
+    images (B, 3, S, S), uint8 or 0…1; aspect (B,): their width over height before they were squeezed to squares, 1 if
+    None; boxes (B, 4): I of Eq. 1, as shares of the squeezed sides. Returns x_q and x_k, normalised, (B, 3, img, img).
+    """
+    def view():
+        scale = cfg.crop_min, 1.0
+        crops = (random_resized_crop(images, cfg.img, scale, aspect=aspect) if boxes is None else
+                 contrastive_crop(images, cfg.img, scale, boxes, cfg.alpha, aspect))
+        return normalize(random_hflip(crops))
+    return view(), view()
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, D) → (B, N, D)."""
-    def __init__(self, dim, heads):
+def contrastive_crop(images, size, scale, boxes, alpha, aspect=None):
+    """R_crop(s, r, I): crops with their centres in `boxes` (B, 4), of images (B, 3, H, W): (B, 3, size, size). Eq. 1"""
+    H, W = images.shape[2:]
+    _, _, height, width = crop_boxes(len(images), H, W, scale, (3 / 4, 4 / 3), aspect)  # s and r, (B,)
+    top, left, bottom, right = boxes.to(height.device, non_blocking=True).unbind(1)
+    y, x = torch.distributions.Beta(alpha, alpha).sample((2, len(images))).to(height.device, non_blocking=True)
+    top = (crop_starts(top, bottom, height / H, y) * H).round().long()
+    left = (crop_starts(left, right, width / W, x) * W).round().long()
+    return crop_resize(images, (top, left, height, width), size)
+
+
+def crop_starts(low, high, length, place):
+    """Where crops of `length` begin, centred at `place` (0…1) between low and high, if they fit; each (B,), 0…1."""
+    low, high = ((edge - length / 2).clamp(min=0).minimum(1 - length) for edge in (low, high))
+    return torch.lerp(low, high, place)
+
+
+def semantic_boxes(heat, k):
+    """I = F(1[M > k]), the rectangle around what is hot, of heat (B, n, n), 0…1: (B, 4), its top, left, bottom, right
+    as shares of the side; the whole image where nothing is hot. Eq. 1"""
+    hot, n = heat > k, heat.shape[1]
+    rows, columns = hot.any(2), hot.any(1)  # (B, n)
+    top, left = (line.int().argmax(1) for line in (rows, columns))  # the first
+    bottom, right = (n - line.flip(1).int().argmax(1) for line in (rows, columns))  # behind the last
+    return torch.stack([top, left, bottom, right], 1) / n  # Eq. 1
+
+
+def random_mask(B, N, ratio, device=None):
+    """Which of N places are masked: bool (B, N), 1 = masked, as many in each image, uniform over places."""
+    order = torch.rand(B, N, device=device).argsort(1)  # a permutation of 0 … N - 1 in each row
+    return order < round(ratio * N)
+
+
+def visible_first(mask):
+    """The patches of each image in order, the visible ones before the masked ones: mask (B, N) → ids (B, N)."""
+    return mask.int().argsort(dim=1, stable=True)
+
+
+def take(x, ids):
+    """The tokens `ids` (B, V) of x (B, N, D): (B, V, D)."""
+    return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def restore(visible, masked, order):
+    """Merges the tokens of an image's two halves, class token first in each, (B, 1 + V, D) and (B, 1 + N - V, D), and
+    puts them into their places, given their `order` (B, N): (B, 1 + N, D), first the mean of the class tokens. Eq. 2"""
+    x = torch.cat([visible[:, 1:], masked[:, 1:]], 1)  # Eq. 2, concat: (B, N, D)
+    x = torch.empty_like(x).scatter(1, order[:, :, None].expand_as(x), x)  # Eq. 2, restore
+    return torch.cat([(visible[:, :1] + masked[:, :1]) / 2, x], 1)
+
+
+class CMAE(nn.Module):
+    """The autoencoder, its momentum encoder and the three tasks (Figure 1). `forward` is §3.3 to §3.6."""
+    def __init__(self, cfg):
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.cfg, self.grid, D = cfg, cfg.img // cfg.patch, cfg.dim  # n, D
+        self.N, self.V = self.grid ** 2, self.grid ** 2 - round(cfg.mask * self.grid ** 2)
+        self.encoder = Encoder(cfg, cfg.pool)  # E
+        self.projection = (nn.Linear(D, D) if cfg.projection == "linear" else mlp(D, D, D)).apply(init_weights)  # P
+        self.M_E = copy.deepcopy(self.encoder).requires_grad_(False)  # §3.3: begins with the same weights
+        self.M_P = copy.deepcopy(self.projection).requires_grad_(False)
+        self.location = mlp(D, D, self.N).apply(init_weights)  # §3.4
+        nn.init.zeros_(self.location.fc2.weight)  # at random weights its gradient on E drowns the other losses'
+        self.decoder = Decoder(D, self.grid, 3 * cfg.patch ** 2, cfg.decoder_dim, decoder_blocks(cfg))  # §3.5
+        for part, lam in ((self.projection, cfg.lam_ctr), (self.location, cfg.lam_loc), (self.decoder, cfg.lam_con)):
+            part.requires_grad_(lam > 0)
 
-    def split(self, x):
-        """(B, N, D) → queries, keys, values of each head, (3, B, K, N, D/K)."""
-        return self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    def forward(self, view1, view2):
+        """Normalised views (B, 3, H, W) → {"loss": Eq. 6, "contrast": Eq. 3, "location": Eq. 5, "reconstruction"},
+        without what a weight of 0 leaves out."""
+        cfg, V, x_q, x_k, L_ctr, L_loc, L_con, losses = self.cfg, self.V, view1, view2, 0, 0, 0, {}
+        mask_q = random_mask(len(x_q), self.N, cfg.mask, x_q.device)  # §3.3, (B, N)
+        order_q = visible_first(mask_q)  # (B, N)
+        visible = order_q[:, :V]  # (B, V)
+        q1 = self.encoder(x_q, visible)  # §3.3, (B, 1 + V, D)
+        if cfg.lam_ctr > 0:
+            order_k = visible_first(random_mask(len(x_k), self.N, cfg.mask, x_k.device))  # (B, N)
+            with torch.no_grad():  # detach, and M_E
+                q2 = self.encoder(x_q, order_q[:, V:])  # §3.3, (B, 1 + N - V, D)
+                k1, k2 = self.M_E(x_k, order_k[:, :V]), self.M_E(x_k, order_k[:, V:])
+            h1, h2 = restore(q1, q2, order_q), restore(k1, k2, order_k)  # Eq. 2, (B, 1 + N, D)
+            z_q = gather(self.projection(self.encoder.vector(h1)))  # (world·B, D)
+            z_k = gather(self.M_P(self.encoder.vector(h2)))  # (world·B, D)
+            losses["contrast"] = L_ctr = info_nce_loss(z_q, z_k, cfg.tau)  # Eq. 3
+        if cfg.lam_loc > 0:
+            tokens = self.encoder(x_q, visible, positions=False) if cfg.location_from == "content" else q1
+            p = self.location(tokens[:, 1:])  # Eq. 4, (B, V, N)
+            losses["location"] = L_loc = location_loss(p, visible)  # Eq. 5
+        if cfg.lam_con > 0:
+            y = self.decoder(q1, visible)  # §3.5, (B, N, P)
+            target = patchify(x_q, cfg.patch)  # (B, N, P)
+            target = normalize_patches(target) if cfg.norm_pixels else target
+            losses["reconstruction"] = L_con = reconstruction_loss(y, target, mask_q)  # §3.5
+        loss = cfg.lam_ctr * L_ctr + cfg.lam_loc * L_loc + cfg.lam_con * L_con  # Eq. 6
+        return {"loss": loss, **losses}
 
-    def mix(self, q, k, v):
-        """Queries, keys, values of each head (B, K, N, D/K) → (B, N, D)."""
-        x = F.scaled_dot_product_attention(q, k, v)                                         # (B, K, N, D/K)
-        return self.proj(x.transpose(1, 2).flatten(2))
+    def heat(self, x):
+        """The heat map M of Eq. 1 of normalised images (B, 3, H, W): (B, n, n), each from 0 to 1."""
+        if self.cfg.heat == "attention":
+            heat = self.encoder.attention(x).mean(1)  # (B, N)
+        else:
+            tokens = self.encoder.blocks[-1](self.encoder(x, inside=True)[1])  # (B, 1 + N, D), not levelled by a norm
+            heat = tokens[:, 1:].abs().mean(2)  # (B, N)
+        low, high = heat.amin(1, keepdim=True), heat.amax(1, keepdim=True)
+        return ((heat - low) / (high - low).clamp(min=1e-12)).unflatten(1, (self.grid, self.grid))
 
-    def forward(self, x):
-        return self.mix(*self.split(x))
+    @torch.no_grad()
+    def reconstruct(self, x):
+        """Normalised images (B, 3, H, W) → (masked input, prediction), both normalised images. Visible patches are
+        shown as they are; with --norm-pixels the others get their true mean and deviation back."""
+        patches = patchify(x, self.cfg.patch)  # (B, N, P)
+        mask = random_mask(len(x), self.N, self.cfg.mask, x.device)  # (B, N)
+        visible = visible_first(mask)[:, :self.V]  # (B, V)
+        y = self.decoder(self.encoder(x, visible), visible).float()  # (B, N, P)
+        y = denormalize_patches(y, patches) if self.cfg.norm_pixels else y
+        shown = torch.where(mask[:, :, None], y, patches)
+        return unpatchify(patches.masked_fill(mask[:, :, None], 0), self.cfg.patch), unpatchify(shown, self.cfg.patch)
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block, (B, N, D) → (B, N, D)."""
-    def __init__(self, dim, heads):
+class Boxes(nn.Module):
+    """The rectangles I of all training images, (images, 4), whole images at first. A Module, for the checkpoint."""
+    def __init__(self, images):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = mlp(dim, 4 * dim, dim)
+        self.register_buffer("boxes", torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(images, 1))
 
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-def init_weights(module):
-    """Xavier-uniform weights and zero biases, as in MAE; a patch embedding counts as a linear layer."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.xavier_uniform_(module.weight.data.flatten(1))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    @torch.no_grad()
+    def locate(self, model, images, here):
+        """Computes them anew from the model's heat maps of uint8 images (N, 3, S, S); each process does all."""
+        for ids in torch.arange(len(images)).split(250):
+            x = normalize(resize(images[ids].to(here.device), model.cfg.img))
+            with autocast(here.device, model.cfg.amp):
+                self.boxes[ids] = semantic_boxes(model.heat(x), model.cfg.k).cpu()
+        if here.rank == 0:
+            print(f"mean box: {(self.boxes[:, 2:] - self.boxes[:, :2]).prod(1).mean():.2f} of the image", flush=True)
 
 
-def patchify(x, p):
-    """Images (B, 3, H, W) → patches (B, N, P), P = 3·p·p ordered (channel, row, column): PixelShuffle undone."""
-    return F.pixel_unshuffle(x, p).flatten(2).mT
+def info_nce_loss(q, k, tau):
+    """InfoNCE of q[i] and its positive k[i] against all other k, (B, any width), mean over i. Eq. 3"""
+    with torch.autocast(q.device.type, enabled=False):
+        logits = F.normalize(q.float(), dim=1) @ F.normalize(k.float(), dim=1).mT / tau  # (B, B)
+        return F.cross_entropy(logits, torch.arange(len(q), device=q.device))  # Eq. 3
 
 
-def unpatchify(x, p):
-    """Patches (B, N, P) of a square image → (B, 3, H, W), by PixelShuffle."""
-    return F.pixel_shuffle(x.mT.unflatten(2, (math.isqrt(x.shape[1]), -1)), p)
+def location_loss(p, positions):
+    """Distance of the predicted places p (B, V, N) from the true ones, positions (B, V), one-hot; mean. Eq. 5"""
+    t = F.one_hot(positions, p.shape[2])  # (B, V, N)
+    return (p.float() - t).norm(dim=2).mean()  # Eq. 5
+
+
+def reconstruction_loss(pred, target, mask):
+    """Mean squared error of (B, N, P) over the patches where mask (B, N) is 1; 0 where none is. L_con of §3.5"""
+    error = (pred.float() - target.float()).square().mean(2)  # (B, N)
+    return (error * mask).sum() / mask.sum().clamp(min=1)
+
+
+def train(cfg):
+    """Trains as `cfg` says; returns the run's folder. Raises UserError, FloatingPointError, SystemExit on a signal."""
+    here = start_processes(cfg.device)
+    data, test = load_data(cfg)
+    batches, boxes = Batches(data, cfg.batch, cfg.seed, here), Boxes(len(data[0]))
+    steps, warmup = schedule(cfg, len(batches))
+
+    torch.manual_seed(cfg.seed)
+    model = CMAE(cfg).to(here.device)
+    init_encoders(model, cfg.init)
+    if cfg.recompute:
+        recompute(model)
+    net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model
+    net = torch.compile(net) if cfg.compile else net
+    peak = cfg.lr * cfg.batch * here.world / 256  # §4.2
+    optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, betas=(0.9, 0.95), fused=True)  # MAE's
+
+    run = Run("cmae", cfg, here, len(batches))
+    step = run.resume(model=model, optimizer=optimizer, boxes=boxes)
+    while step < steps and not run.stopped:
+        seed_step(cfg.seed, step, here.rank)
+        epoch, rest = divmod(step, len(batches))
+        if not rest and epoch >= cfg.crop_from and (epoch - cfg.crop_from) % cfg.crop_every == 0:
+            boxes.locate(model, data[0], here)  # §3.2
+        I = boxes.boxes[batches.ids(step)] if epoch >= cfg.crop_from else None  # (B, 4)
+        images, aspect = batches[step]
+        view1, view2 = views(images, cfg, aspect, I)
+        with autocast(here.device, cfg.amp):
+            losses = net(view1, view2)
+        losses["loss"].backward()
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_lr(step, steps, warmup, peak)
+        optimizer.step()
+        optimizer.zero_grad()
+        if cfg.lam_ctr > 0:
+            m = 1 - (1 - cfg.momentum) * (1 + math.cos(math.pi * step / steps)) / 2  # rises to 1, MoCo v3's way
+            ema(model.M_E, model.encoder, m)  # average ← m·average + (1 - m)·model, §3.3
+            ema(model.M_P, model.projection, m)
+
+        step += 1
+        run.log(step, losses, optimizer.param_groups[0]["lr"])
+        run.save(step, data, test, model=model, optimizer=optimizer, boxes=boxes)
+    return run.finish()
+
+
+# Parts. p here the side of a patch in pixels; K heads, each d = D/K wide; width is the decoder's.
+
+def ema(average, model, m):
+    """average ← m·average + (1 - m)·model, weight by weight, for two networks of the same shape."""
+    torch.optim.swa_utils.get_ema_multi_avg_fn(m)(list(average.parameters()), list(model.parameters()), None)
 
 
 class Gather(torch.autograd.Function):
@@ -269,69 +364,131 @@ def gather(z):
     return Gather.apply(z) if dist.is_initialized() else z
 
 
-# Masking, §3.3
-
-def random_mask(B, blocks, ratio, device=None):
-    """Which of blocks×blocks are masked: bool (B, blocks, blocks), as many in each image, uniform over places."""
-    order = torch.rand(B, blocks * blocks, device=device).argsort(1)                        # a permutation of each row
-    return (order < round(ratio * blocks ** 2)).unflatten(1, (blocks, blocks))
+def patchify(x, p):
+    """Images (B, 3, H, W) → patches (B, N, P), P = 3·p·p ordered (channel, row, column): PixelShuffle undone."""
+    return F.pixel_unshuffle(x, p).flatten(2).mT
 
 
-def visible_first(mask):
-    """The patches of each image in order, the visible ones before the masked ones: mask (B, N) → ids (B, N)."""
-    return mask.int().argsort(dim=1, stable=True)
+def unpatchify(x, p):
+    """Patches (B, N, P) of a square image → (B, 3, H, W), by PixelShuffle."""
+    return F.pixel_shuffle(x.mT.unflatten(2, (math.isqrt(x.shape[1]), -1)), p)
 
 
-def take(x, ids):
-    """The tokens `ids` (B, V) of x (B, N, D): (B, V, D)."""
-    return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[2]))
+def normalize_patches(patches):
+    """Each patch of (B, N, P) to mean 0 and standard deviation 1, as in MAE."""
+    return (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
 
 
-def restore(x, order):
-    """Puts tokens x (B, N, D) that came in `order` (B, N), as visible_first gives it, back into their places. Eq. 2."""
-    return torch.empty_like(x).scatter(1, order[:, :, None].expand_as(x), x)
+def denormalize_patches(pred, patches):
+    """Gives predicted normalised patches (B, N, P) the mean and deviation that the true `patches` have."""
+    return pred * (patches.var(2, keepdim=True) + 1e-6).sqrt() + patches.mean(2, keepdim=True)
 
 
-# Model
+def sincos_pos_embed(dim, grid):
+    """Fixed sine-cosine positions of grid×grid patches, (1, N, D): half of D for the row, half for the column."""
+    omega = 10000 ** -(torch.arange(dim // 4) / (dim // 4))
+    angle = torch.arange(grid)[:, None] * omega  # (grid, D/4)
+    one = torch.cat([angle.sin(), angle.cos()], 1)  # (grid, D/2)
+    rows, columns = one[:, None].expand(grid, grid, -1), one[None].expand(grid, grid, -1)
+    return torch.cat([rows, columns], 2).reshape(1, grid * grid, dim)
+
+
+def init_weights(module):
+    """Xavier-uniform weights and zero biases, as in MAE; a patch embedding counts as a linear layer."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.xavier_uniform_(module.weight.data.flatten(1))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def mlp(dim, hidden, out):
+    """Two layers with GELU between, each token on its own; parts named as in timm."""
+    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, out)))
+
+
+def attend(q, k, v):
+    """softmax(q·kᵀ/√d)·v of each head, (B, K, N, d) each → (B, K, N, d). On CPUs always in float32: the backward of
+    attention in bfloat16 is several times slower there."""
+    if q.device.type == "cpu":
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, N, D) → (B, N, D)."""
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, N, d) each
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, (B, N, D) → (B, N, D)."""
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = mlp(dim, 4 * dim, dim)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+def class_attention(block, x):
+    """How the class token attends to the patches in `block`, which x (B, 1 + N, D) enters: (B, K, N), float32. The
+    products are summed by elements: a matrix product would be bfloat16 under autocast and tie patches' ranks."""
+    qkv = block.attn.qkv(block.norm1(x)).float()  # (B, 1 + N, 3D)
+    q, k, _ = qkv.unflatten(2, (3, block.attn.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, 1 + N, d) each, d = D/K
+    return ((q[:, :, :1] * k).sum(3) / k.shape[3] ** 0.5).softmax(2)[:, :, 1:]
+
 
 class Encoder(nn.Module):
-    """A ViT with class token; its state dict loads into timm's ViT of the same size without renaming."""
+    """A ViT with class token; its state dict loads into timm's ViT of the same size without renaming. An image's vector
+    is the mean of its patches' tokens (pool "mean") or the class token ("cls")."""
     def __init__(self, cfg, pool="mean"):
         super().__init__()
         self.pool = pool
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, cfg.dim, cfg.patch, cfg.patch)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.dim))
         pos_embed = sincos_pos_embed(cfg.dim, cfg.img // cfg.patch)
-        self.register_buffer("pos_embed", F.pad(pos_embed, (0, 0, 1, 0)))                   # 0 for the class token
+        self.register_buffer("pos_embed", F.pad(pos_embed, (0, 0, 1, 0)))  # 0 for the class token
         self.blocks = nn.ModuleList(Block(cfg.dim, cfg.heads) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.dim, eps=1e-6)
-        self.apply(init_weights)                                                            # Xavier, as in MAE
+        self.apply(init_weights)
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def embed(self, x, visible=None):
-        """(B, 3, H, W), and which patches are visible (B, V) if not all → the last block's input (B, 1 + V, D)."""
-        x = self.patch_embed(x).flatten(2).mT + self.pos_embed[:, 1:]                       # (B, N, D)
-        x = x if visible is None else take(x, visible)                                      # (B, V, D)
-        x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)            # (B, 1 + V, D)
-        for block in self.blocks[:-1]:
-            x = block(x)
-        return x
-
-    def forward(self, x, visible=None):
-        return self.norm(self.blocks[-1](self.embed(x, visible)))                           # (B, 1 + V, D)
+    def forward(self, x, visible=None, inside=False, positions=True):
+        """Images (B, 3, H, W), of which the patches `visible` (B, V) are seen, all N if None → (B, 1 + V, D), class
+        token first; with inside=True also what enters the last block. positions=False: no positions are added."""
+        x = self.patch_embed(x).flatten(2).mT + (self.pos_embed[:, 1:] if positions else 0)  # (B, N, D)
+        x = x if visible is None else take(x, visible)  # (B, V, D)
+        x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)  # (B, 1 + V, D)
+        for block in self.blocks:
+            before, x = x, block(x)
+        return (self.norm(x), before) if inside else self.norm(x)
 
     def vector(self, z):
-        """One vector (B, D) for the tokens (B, 1 + V, D) of an image: what is contrasted, and the features."""
+        """One vector (B, D) for the tokens (B, 1 + V, D) of an image."""
         return z[:, 1:].float().mean(1) if self.pool == "mean" else z[:, 0].float()
 
+    def tokens(self, x):
+        """The patches' tokens of whole images, (B, 3, H, W) → (B, N, D)."""
+        return self(x)[:, 1:]
+
     def features(self, x):
+        """One vector for each whole image, (B, 3, H, W) → (B, D)."""
         return self.vector(self(x))
 
     def attention(self, x):
         """How the class token attends to the patches in the last block, (B, 3, H, W) → (B, K, N)."""
-        block = self.blocks[-1]
-        q, k, _ = block.attn.split(block.norm1(self.embed(x)))
-        return attend(q, k, slice(1))[:, :, 1:]
+        return class_attention(self.blocks[-1], self(x, inside=True)[1])
 
 
 class MlpBlock(nn.Module):
@@ -351,13 +508,25 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.grid = grid
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        bound = (6 / (9 + 9)) ** 0.5  # Xavier's, for the 9 inputs and 9 outputs that a place of a channel has
+        self.kernel = nn.Parameter(torch.empty(dim, 1, 3, 3).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(dim))
         self.fc = nn.Linear(dim, dim)
 
     def forward(self, x):
-        image = self.norm(x[:, 1:]).mT.unflatten(2, (self.grid, self.grid))                 # (B, width, n, n)
-        tokens = self.fc(F.gelu(self.conv(image)).flatten(2).mT)                            # (B, N, width)
-        return x + F.pad(tokens, (0, 0, 1, 0))                                              # 0 for the class token
+        image = self.norm(x[:, 1:]).mT.unflatten(2, (self.grid, self.grid))  # (B, width, n, n)
+        image = F.conv2d(image, self.kernel, self.bias, padding=1, groups=len(self.kernel))  # each channel
+        tokens = self.fc(F.gelu(image).flatten(2).mT)  # across channels, (B, N, width)
+        return x + F.pad(tokens, (0, 0, 1, 0))  # 0 for the class token
+
+
+def decoder_blocks(cfg):
+    """The decoder's blocks by §3.5: all of one kind, or a transformer's and one of another kind in the middle."""
+    width, own = cfg.decoder_dim, cfg.decoder.removeprefix("hybrid-")
+    make = {"transformer": lambda: Block(width, cfg.decoder_heads), "mlp": lambda: MlpBlock(width, 4 * width),
+            "conv": lambda: ConvBlock(width, cfg.img // cfg.patch)}
+    middle, all_own = cfg.decoder_depth // 2, own == cfg.decoder
+    return [make[own if all_own or i == middle else "transformer"]() for i in range(cfg.decoder_depth)]
 
 
 class Decoder(nn.Module):
@@ -374,203 +543,11 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, z, visible):
-        cls, tokens = self.embed(z).split([1, visible.shape[1]], 1)                         # (B, V, width)
+        cls, tokens = self.embed(z).split([1, visible.shape[1]], 1)  # (B, V, width)
         x = self.mask_token.to(tokens.dtype).expand(len(z), self.pos_embed.shape[1] - 1, -1)  # (B, N, width)
-        x = x.scatter(1, visible[:, :, None].expand_as(tokens), tokens)                     # each token to its place
-        x = torch.cat([cls, x], 1) + self.pos_embed                                         # (B, 1 + N, width)
-        return self.pred(self.norm(self.blocks(x)))[:, 1:]                                  # (B, N, P)
-
-
-def decoder_blocks(cfg):
-    """The decoder's blocks by §3.5: all of one kind, or a transformer's and one of another kind in the middle."""
-    def block(kind):
-        if kind == "mlp":
-            return MlpBlock(cfg.decoder_dim, 4 * cfg.decoder_dim)
-        if kind == "conv":
-            return ConvBlock(cfg.decoder_dim, cfg.img // cfg.patch)
-        return Block(cfg.decoder_dim, cfg.decoder_heads)
-    kind, middle = cfg.decoder.removeprefix("hybrid-"), cfg.decoder_depth // 2
-    return [block(kind if kind == cfg.decoder or i == middle else "transformer") for i in range(cfg.decoder_depth)]
-
-
-class CMAE(nn.Module):
-    """The autoencoder, its momentum encoder and the three tasks (Figure 1). `forward` is §3.3 to §3.6."""
-    restored = "reconstruction"  # its label in pictures
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.cfg, self.grid, D = cfg, cfg.img // cfg.patch, cfg.dim
-        self.V = self.grid ** 2 - round(cfg.mask * self.grid ** 2)
-        self.encoder = Encoder(cfg)                                                         # E
-        self.P = mlp(D, D, D).apply(init_weights)
-        self.M_E, self.M_P = (copy.deepcopy(part).requires_grad_(False) for part in (self.encoder, self.P))
-        self.location = mlp(D, D, self.grid ** 2).apply(init_weights)
-        self.decoder = Decoder(D, self.grid, 3 * cfg.patch ** 2, cfg.decoder_dim, decoder_blocks(cfg))
-
-    def forward(self, view1, view2):
-        """Normalised views (B, 3, H, W) → {"loss": Eq. 6, "contrast": Eq. 3, "location": Eq. 5, "reconstruction"}."""
-        cfg, V, x_q, x_k = self.cfg, self.V, view1, view2
-        mask_q, mask_k = (random_mask(len(x), self.grid, cfg.mask, x.device).flatten(1) for x in (x_q, x_k))  # (B, N)
-        order_q, order_k = visible_first(mask_q), visible_first(mask_k)                     # (B, N)
-        visible = order_q[:, :V]                                                            # (B, V)
-        q1 = self.encoder(x_q, visible)                                                     # §3.3 (B, 1 + V, D)
-        with torch.no_grad():                                                               # detach, and M_E
-            q2 = self.encoder(x_q, order_q[:, V:])                                          # (B, 1 + N - V, D)
-            k1, k2 = self.M_E(x_k, order_k[:, :V]), self.M_E(x_k, order_k[:, V:])
-        h1 = restore(torch.cat([q1[:, 1:], q2[:, 1:]], 1), order_q)                         # Eq. 2 (B, N, D)
-        h2 = restore(torch.cat([k1[:, 1:], k2[:, 1:]], 1), order_k)                         # Eq. 2 (B, N, D)
-        z_q, z_k = gather(self.P(h1.float().mean(1))), gather(self.M_P(h2.float().mean(1)))  # (world·B, D)
-        L_ctr = info_nce_loss(z_q, z_k, cfg.tau)                                            # Eq. 3
-
-        p = self.location(q1[:, 1:])                                                        # Eq. 4 (B, V, N)
-        L_loc = location_loss(p, visible)                                                   # Eq. 5
-
-        y = self.decoder(q1, visible)                                                       # §3.5 (B, N, P)
-        L_con = reconstruction_loss(y, patchify(x_q, cfg.patch), mask_q)
-        loss = cfg.lam_ctr * L_ctr + cfg.lam_loc * L_loc + cfg.lam_con * L_con              # Eq. 6
-        return {"loss": loss, "contrast": L_ctr, "location": L_loc, "reconstruction": L_con}
-
-    def heat(self, x):
-        """The heat map M of Eq. 1 of normalised images (B, 3, H, W): (B, n, n), each from 0 to 1."""
-        if self.cfg.heat == "attention":
-            heat = self.encoder.attention(x).mean(1)                                        # (B, N)
-        else:
-            heat = self.encoder.blocks[-1](self.encoder.embed(x))[:, 1:].abs().mean(2)      # (B, N)
-        low, high = heat.amin(1, keepdim=True), heat.amax(1, keepdim=True)
-        return ((heat - low) / (high - low).clamp(min=1e-12)).unflatten(1, (self.grid, self.grid))
-
-    @torch.no_grad()
-    def reconstruct(self, x):
-        """Normalised images (B, 3, H, W) → (masked input, prediction), both normalised images.
-
-        Visible patches, which the loss leaves out, are shown as they are.
-        """
-        patches = patchify(x, self.cfg.patch)                                               # (B, N, P)
-        mask = random_mask(len(x), self.grid, self.cfg.mask, x.device).flatten(1)           # (B, N)
-        visible = visible_first(mask)[:, :self.V]                                           # (B, V)
-        y = self.decoder(self.encoder(x, visible), visible).float()                         # (B, N, P)
-        shown = torch.where(mask[:, :, None], y, patches)
-        return unpatchify(patches.masked_fill(mask[:, :, None], 0), self.cfg.patch), unpatchify(shown, self.cfg.patch)
-
-
-# Loss, §3.3 to §3.5
-
-def reconstruction_loss(pred, target, mask):
-    """Mean squared error of (B, N, P) over the patches where mask (B, N) is 1; 0 where none is. L_con of §3.5."""
-    error = (pred.float() - target.float()).square().mean(2)                                # (B, N)
-    return (error * mask).sum() / mask.sum().clamp(min=1)
-
-
-def info_nce_loss(q, k, tau):
-    """InfoNCE of q[i] and its positive k[i] against all other k, (B, any width), mean over i. Eq. 3."""
-    with torch.autocast(q.device.type, enabled=False):
-        logits = F.normalize(q.float(), dim=1) @ F.normalize(k.float(), dim=1).mT / tau     # (B, B)
-        return F.cross_entropy(logits, torch.arange(len(q), device=q.device))
-
-
-def location_loss(p, positions):
-    """Distance of the predicted places p (B, V, N) from the true ones, positions (B, V), one-hot; mean. Eq. 5."""
-    t = F.one_hot(positions, p.shape[2])                                                    # (B, V, N)
-    return (p.float() - t).norm(dim=2).mean()
-
-
-# Views, §3.2
-
-def semantic_boxes(heat, k):
-    """I = F(1[M > k]), the rectangle around what is hot. Eq. 1.
-
-    heat (B, n, n), 0…1 → (B, 4): top, left, bottom, right as shares of the side; the whole image where nothing is.
-    """
-    hot, n = heat > k, heat.shape[1]
-    rows, columns = hot.any(2), hot.any(1)                                                  # (B, n)
-    top, left = (line.int().argmax(1) for line in (rows, columns))                          # the first
-    bottom, right = (n - line.flip(1).int().argmax(1) for line in (rows, columns))          # behind the last
-    return torch.stack([top, left, bottom, right], 1) / n
-
-
-def crop_starts(low, high, length, alpha):
-    """Where crops of `length` begin whose centres follow Beta(α, α) from low to high, as far as they fit: each (B,),
-    in shares of the side."""
-    low, high = ((edge - length / 2).clamp(min=0).minimum(1 - length) for edge in (low, high))
-    return torch.lerp(low, high, torch.distributions.Beta(alpha, alpha).sample(low.shape))
-
-
-def contrastive_crop(images, size, scale, boxes, alpha):
-    """R_crop(s, r, I): crops of images (B, 3, H, W) with their centres in `boxes` (B, 4), (B, 3, size, size). Eq. 1."""
-    H, W = images.shape[2:]
-    _, _, height, width = crop_boxes(len(images), H, W, scale, (3 / 4, 4 / 3))              # s and r
-    top = (crop_starts(boxes[:, 0], boxes[:, 2], height / H, alpha) * H).round().long()
-    left = (crop_starts(boxes[:, 1], boxes[:, 3], width / W, alpha) * W).round().long()
-    return crop_resize(images, (top, left, height, width), size)
-
-
-def views(images, cfg, boxes=None):
-    """uint8 images (B, 3, S, S) → two views, normalised (B, 3, img, img): around `boxes` (B, 4), if there are any."""
-    def view():
-        scale = cfg.crop_min, 1.0
-        crops = (random_resized_crop(images, cfg.img, scale) if boxes is None else
-                 contrastive_crop(images, cfg.img, scale, boxes, cfg.alpha))
-        return normalize(random_hflip(crops))
-    return view(), view()
-
-
-class Boxes(nn.Module):
-    """The rectangles I of all training images, (images, 4), whole images at first; a Module to be in the checkpoint."""
-    def __init__(self, images):
-        super().__init__()
-        self.register_buffer("boxes", torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(images, 1))
-
-    @torch.no_grad()
-    def locate(self, model, images, here):
-        """Computes them anew from the model's heat maps of uint8 images (N, 3, S, S); each process does all."""
-        for ids in torch.arange(len(images)).split(250):
-            x = normalize(resize(images[ids].to(here.device), model.cfg.img))
-            with autocast(here.device, model.cfg.amp):
-                self.boxes[ids] = semantic_boxes(model.heat(x), model.cfg.k).cpu()
-        top, left, bottom, right = self.boxes.unbind(1)
-        if here.rank == 0:
-            print(f"boxes: {((bottom - top) * (right - left)).mean():.2f} of the image on average", flush=True)
-
-
-def train(cfg):
-    """Trains as `cfg` says; returns the run's folder. Raises UserError, FloatingPointError, SystemExit on a signal."""
-    here = start_processes(cfg.device)
-    data = load_images(cfg.data, "train", cfg.img, cfg.root, cfg.workers, cfg.seed)
-    test = load_images(cfg.data, "test", cfg.img, cfg.root, cfg.workers, cfg.seed)
-    batches, boxes = Batches(data[0], cfg.batch, cfg.seed, here), Boxes(len(data[0]))
-
-    torch.manual_seed(cfg.seed)
-    model = CMAE(cfg).to(here.device)
-    net = DistributedDataParallel(model) if here.world > 1 else model
-    net = torch.compile(net) if cfg.compile else net
-    peak = cfg.lr * cfg.batch * here.world / 256                                            # §4.2
-    optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, betas=(0.9, 0.95), fused=True)  # MAE's
-    steps, warmup = cfg.epochs * len(batches), cfg.warmup * len(batches)
-
-    run = Run("cmae", cfg, here, len(batches))
-    step = run.resume(model=model, optimizer=optimizer, boxes=boxes)
-    while step < steps and not run.stopped:
-        seed_step(cfg.seed, step, here.rank)
-        epoch, rest = divmod(step, len(batches))
-        if not rest and epoch >= cfg.crop_from and (epoch - cfg.crop_from) % cfg.crop_every == 0:
-            boxes.locate(model, data[0], here)                                              # §3.2
-        I = boxes.boxes[batches.ids(step)] if epoch >= cfg.crop_from else None              # (B, 4)
-        view1, view2 = views(batches[step], cfg, I)
-        with autocast(here.device, cfg.amp):
-            losses = net(view1, view2)
-        losses["loss"].backward()
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(step, steps, warmup, peak)
-        optimizer.step()
-        optimizer.zero_grad()
-        m = 1 - (1 - cfg.momentum) * (1 + math.cos(math.pi * step / steps)) / 2             # MoCo v3's, up to 1
-        get_ema_multi_avg_fn(m)([*model.M_E.parameters(), *model.M_P.parameters()],         # §3.3
-                                [*model.encoder.parameters(), *model.P.parameters()], None)
-
-        step += 1
-        run.log(step, losses, optimizer.param_groups[0]["lr"])
-        run.save(step, data, test, model=model, optimizer=optimizer, boxes=boxes)
-    return run.finish()
+        x = x.scatter(1, visible[:, :, None].expand_as(tokens), tokens)  # each token to its place
+        x = torch.cat([cls, x], 1) + self.pos_embed  # (B, 1 + N, width)
+        return self.pred(self.norm(self.blocks(x)))[:, 1:]  # (B, N, P)
 
 
 def main(argv=None):

@@ -440,20 +440,33 @@ def test_semantic_boxes_are_equation_1(k):
         assert box.tolist() == pytest.approx([side / 5 for side in rectangle])
 
 
-@pytest.mark.parametrize("alpha, length", [(0.6, 0.02), (1.0, 0.4), (2.5, 0.7)])
-def test_crops_begin_by_the_beta_law_where_they_fit(alpha, length):
-    """Centres from 0.1 to 0.8: a crop of 0.7 fits from 0.35 to 0.65 only, so it begins between 0 and 0.3."""
+def cut(monkeypatch, n, side, make):
+    """The boxes that make(images (n, 3, side, side)) cuts out: top, left, height, width as shares of the side, (n,)."""
+    seen = []
+    monkeypatch.setattr(cmae, "crop_resize", lambda images, boxes, size: (
+        seen.append(boxes), images[:, :, :size, :size])[1])
     torch.manual_seed(0)
-    n = 4000
-    starts = cmae.crop_starts(torch.full((n,), 0.1), torch.full((n,), 0.8), torch.full((n,), length), alpha)
-    low, high = max(0.1 - length / 2, 0), min(0.8 - length / 2, 1 - length)
-    u = ((starts.double() - low) / (high - low)).sort().values
-    assert -1e-6 < u[0] and u[-1] < 1 + 1e-6
+    make(torch.zeros(1).expand(n, 3, side, side))
+    return [b.double() / side for b in seen[-1]]
+
+
+@pytest.mark.parametrize("alpha, area", [(0.6, 0.0004), (1.0, 0.16), (2.5, 0.5)])
+def test_centres_of_crops_follow_the_beta_law_where_they_fit(alpha, area, monkeypatch):
+    """Centres from 0.1 to 0.8: a crop of 0.7 fits from 0.35 to 0.65 only, so it begins between 0 and 0.3."""
+    n, box = 4000, torch.tensor([0.1, 0.1, 0.8, 0.8])
+    top, left, height, width = cut(monkeypatch, n, 20_000, lambda images: cmae.contrastive_crop(
+        images, 1, (area, area), box.repeat(n, 1), alpha))
+    assert (height * width - area).abs().max() < 1e-4 and (height / width).max() / (height / width).min() > 1.5
     cells = (torch.arange(200_000, dtype=torch.double) + 0.5) / 200_000
     law = (cells * (1 - cells)) ** (alpha - 1)
     law = law.cumsum(0) / law.sum()                                                        # its distribution function
-    gap = law[(u.clamp(0, 1 - 1e-9) * 200_000).long()] - torch.arange(n) / n
-    assert gap.abs().max() < 1.95 / math.sqrt(n)                                           # Kolmogorov–Smirnov, 0.001
+    for start, length in ((top, height), (left, width)):
+        low, high = (0.1 - length / 2).clamp(min=0), (0.8 - length / 2).minimum(1 - length)
+        u = ((start - low) / (high - low)).sort().values
+        assert -1e-3 < u[0] and u[-1] < 1 + 1e-3                                           # pixels are whole
+        gap = law[(u.clamp(0, 1 - 1e-9) * 200_000).long()] - torch.arange(n) / n
+        assert gap.abs().max() < 1.95 / math.sqrt(n)                                       # Kolmogorov–Smirnov, 0.001
+    assert (top - left).abs().max() > 0.2                                                  # not one number for both
 
 
 def test_contrastive_crop_is_a_crop_around_the_box():
@@ -470,22 +483,38 @@ def test_contrastive_crop_is_a_crop_around_the_box():
     assert (corner[:, :2, -1, -1] > 0.95).all()                                            # moved in, not cut off
 
 
-def test_boxes_are_located_image_by_image_and_crops_are_plain_before(few, tmp_path, monkeypatch):
+def test_views_around_boxes_keep_true_proportions(monkeypatch):
+    """An image 1.25 times as wide as high, squeezed: a crop's share of the area stays, its aspect is the true one."""
+    cfg, aspect = replace(SMALL["cmae"], crop_min=0.2), torch.full((400,), 1.25)
+    box = torch.tensor([0.5, 0.5, 0.5, 0.5]).repeat(400, 1)
+    top, left, height, width = cut(monkeypatch, 400, 2000, lambda images: cmae.views(images, cfg, aspect, box))
+    true = 1.25 * width / height
+    assert 0.74 < true.min() < 0.80 and 1.25 < true.max() < 1.35
+    assert 0.19 < (height * width).min() < 0.25 and (height * width).max() > 0.8
+    assert ((top + height / 2 - 0.5).abs() < 1e-3).all() and ((left + width / 2 - 0.5).abs() < 1e-3).all()
+    seen = []
+    monkeypatch.setattr(cmae, "random_resized_crop", lambda images, size, scale, aspect: seen.append(
+        (scale, aspect)) or images)
+    cmae.views(torch.zeros(400, 3, 16, 16), cfg, aspect)
+    assert seen == [((0.2, 1.0), aspect)] * 2                                              # plain crops, without boxes
+
+
+def test_boxes_are_located_image_by_image_and_crops_are_plain_before(tmp_path, monkeypatch):
     seen = []  # for each view of a step: image → its box
-    monkeypatch.setattr(cmae, "contrastive_crop", lambda images, size, scale, boxes, alpha: seen.append(
+    monkeypatch.setattr(cmae, "contrastive_crop", lambda images, size, scale, boxes, alpha, aspect: seen.append(
         {image.numpy().tobytes(): box.tolist() for image, box in zip(images, boxes)}) or common.resize(images, size))
-    cfg = replace(SMALL["cmae"], epochs=4, warmup=0, crop_from=1, crop_every=2, k=0.5, amp=False, data="shapes",
-                  out=str(tmp_path / "run"))
+    cfg = replace(SMALL["cmae"], epochs=4, warmup=0.0, crop_from=1, crop_every=2, k=0.5, amp=False, data="shapes",
+                  images=32, out=str(tmp_path / "run"))
     cmae.train(cfg)
     assert len(seen) == 2 * 2 * 3                                # two views, two steps, epochs 1 to 3, none in epoch 0
     first, second, third = ({**seen[i], **seen[i + 2]} for i in (0, 4, 8))
     assert first == second != third                                                        # anew in epochs 1 and 3
-    x, _ = cmae.load_images("shapes", "train", 16)
+    x = common.load_data(cfg)[0][0]
     kept = common.load_checkpoint(tmp_path / "run")["boxes"]["boxes"]
-    assert all(third[image.numpy().tobytes()] == box.tolist() for image, box in zip(x, kept))
+    assert len(x) == 32 and all(third[image.numpy().tobytes()] == box.tolist() for image, box in zip(x, kept))
     model, boxes = build(cfg), cmae.Boxes(32)
     boxes.locate(model, x, common.start_processes("cpu"))
-    heat = torch.cat([model.heat(common.normalize(image[None] / 255)) for image in x])
+    heat = torch.cat([model.heat(common.normalize(common.resize(image[None], 16))) for image in x])
     assert torch.equal(boxes.boxes, cmae.semantic_boxes(heat, cfg.k))
 
 
@@ -494,64 +523,168 @@ def test_heat_map(heat):
     model, x = build(replace(SMALL["cmae"], heat=heat)), normal(3, 3, 16, 16)
     M = model.heat(x)
     assert M.shape == (3, 4, 4) and (M.amin((1, 2)) == 0).all() and (M.amax((1, 2)) == 1).all()
-    tokens = model.encoder.blocks[-1](model.encoder.embed(x))
-    source = model.encoder.attention(x).mean(1) if heat == "attention" else tokens[:, 1:].abs().mean(2)
+    entered = []
+    model.encoder.norm.register_forward_pre_hook(lambda norm, args: entered.append(args[0]))
+    model.encoder(x)
+    source = model.encoder.attention(x).mean(1) if heat == "attention" else entered[0][:, 1:].abs().mean(2)
     assert torch.equal(M.flatten(1).argsort(1), source.argsort(1))
 
 
+def test_attention_of_cmae_is_the_class_tokens_in_float32():
+    encoder, x, entered = build(SMALL["cmae"]).encoder, normal(2, 3, 16, 16), []
+    block = encoder.blocks[-1]
+    block.norm1.register_forward_hook(lambda norm, args, tokens: entered.append(tokens))
+    maps = encoder.attention(x)
+    assert torch.equal(encoder(x), encoder(x, inside=True)[0])
+    q, k = block.attn.qkv(entered[-1]).unflatten(2, (3, 3, 16)).unbind(2)[:2]              # (B, 1 + N, K, d)
+    for head in range(3):
+        full = torch.softmax(q[:, :, head] @ k[:, :, head].mT / 4, 2)                      # (B, 1 + N, 1 + N)
+        assert torch.allclose(maps[:, head], full[:, 0, 1:], atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = encoder.attention(x)
+    assert rough.dtype == torch.float32 and len(rough.unique()) > 90                       # bfloat16 has fewer values
+
+
+@pytest.mark.parametrize("change", [{"decoder": "mlp"}, {"decoder": "conv"}, {"lam_con": 0.0},
+                                    {"decoder": "hybrid-mlp", "decoder_depth": 1}])
+def test_attention_that_no_loss_teaches_is_refused(change):
+    """Where neither the decoder nor P reads the class token, the last block's query of it gets no gradient."""
+    with pytest.raises(common.UserError, match="--heat features"):
+        replace(SMALL["cmae"], **change)
+    for more in ({"heat": "features"}, {"pool": "cls"}):
+        model = build(replace(SMALL["cmae"], **change, **more))
+        tokens = []
+        model.encoder.norm.register_forward_hook(lambda norm, args, out: tokens.append(out))
+        loss = model(normal(4, 3, 16, 16), normal(4, 3, 16, 16, seed=1))["loss"]
+        gradient, = torch.autograd.grad(loss, tokens[0])
+        assert (gradient[:, 0] != 0).any() == ("pool" in more)
+    with pytest.raises(common.UserError, match="--heat features"):
+        replace(SMALL["cmae"], **change, pool="cls", lam_ctr=0.0)
+
+
 def test_restore_puts_every_token_back():
-    mask = cmae.random_mask(6, 4, 0.75).flatten(1)
-    order, x = cmae.visible_first(mask), normal(6, 16, 5)
-    assert torch.equal(cmae.restore(cmae.take(x, order), order), x)
+    mask = cmae.random_mask(6, 16, 0.75)
+    order, x, cls = cmae.visible_first(mask), normal(6, 16, 5), normal(2, 6, 1, 5, seed=1)
+    visible, masked = (torch.cat([c, cmae.take(x, ids)], 1) for c, ids in zip(cls, order.split([4, 12], 1)))
+    h = cmae.restore(visible, masked, order)
+    assert torch.equal(h[:, 1:], x) and torch.allclose(h[:, :1], cls.mean(0))
 
 
-def test_no_gradient_flows_through_q2():
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_no_gradient_flows_through_q2(pool):
     """q_1 sees the visible pixels of x_q only, so what reaches its masked pixels could have come through q_2 alone."""
-    model = build(SMALL["cmae"])
+    model = build(replace(SMALL["cmae"], pool=pool))
     x_q, x_k = normal(4, 3, 16, 16).requires_grad_(), normal(4, 3, 16, 16, seed=1).requires_grad_()
     torch.manual_seed(5)
     losses = model(x_q, x_k)
     torch.manual_seed(5)
-    hidden = cmae.random_mask(4, 4, 0.75).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None].expand_as(x_q)
+    hidden = cmae.random_mask(4, 16, 0.75).unflatten(1, (4, 4))
+    hidden = hidden.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None].expand_as(x_q)
     gradient, = torch.autograd.grad(losses["contrast"], x_q, retain_graph=True)
     assert (gradient[hidden] == 0).all() and (gradient[~hidden] != 0).any()
     assert torch.autograd.grad(losses["contrast"], x_k, allow_unused=True) == (None,)      # nor through M_E
     with torch.autocast("cpu", torch.bfloat16):
-        loss = model(x_q, x_k)["location"]
+        loss = model(x_q, x_k)["reconstruction"]
     weight = model.encoder.blocks[0].mlp.fc1.weight
     assert torch.autograd.grad(loss, weight)[0].abs().sum() > 0                            # but q_1's does, as cast
 
 
-@pytest.mark.parametrize("change", [{}, {"lam_ctr": 0.5, "lam_loc": 2.0, "lam_con": 3.0}])
+@pytest.mark.parametrize("change", [{}, {"lam_ctr": 0.5, "lam_loc": 2.0, "lam_con": 3.0}, {"pool": "cls"},
+                                    {"projection": "linear"}, {"location_from": "content"}, {"norm_pixels": True}])
 def test_forward_is_sections_3_3_to_3_6(change):
     cfg = replace(SMALL["cmae"], **change)
     model, x_q, x_k = build(cfg), normal(6, 3, 16, 16), normal(6, 3, 16, 16, seed=1)
     with torch.no_grad():
-        model.M_E.norm.weight.add_(0.1)  # so that the encoders differ, and the projections
-        model.M_P.fc2.weight.add_(0.1)
+        model.M_E.norm.weight.add_(normal(48))  # so that the encoders differ, and the projections
+        dict(model.M_P.named_parameters())["weight" if cfg.projection == "linear" else "fc2.weight"].add_(0.1)
+        model.location.fc2.weight.add_(normal(16, 48))                                     # which begins with 0
     torch.manual_seed(5)
     losses = model(x_q, x_k)
     torch.manual_seed(5)
-    mask_q, mask_k = cmae.random_mask(6, 4, 0.75).flatten(1), cmae.random_mask(6, 4, 0.75).flatten(1)
-    h, visible = [], torch.stack([(~row).nonzero().flatten() for row in mask_q])
+    mask_q, mask_k = cmae.random_mask(6, 16, 0.75), cmae.random_mask(6, 16, 0.75)
+    vectors, visible = [], torch.stack([(~row).nonzero().flatten() for row in mask_q])
     for encoder, x, mask in ((model.encoder, x_q, mask_q), (model.M_E, x_k, mask_k)):
-        full = torch.empty(6, 16, 48)
+        h, cls = torch.empty(6, 16, 48), torch.zeros(6, 48)
         for part in (mask, ~mask):                                                         # Eq. 2, patch by patch
             ids = torch.stack([row.nonzero().flatten() for row in part])
-            tokens = encoder(x, ids)[:, 1:]
+            tokens = encoder(x, ids)
+            cls += tokens[:, 0] / 2
             for b in range(6):
-                full[b, ids[b]] = tokens[b]
-        h.append(full)
-    L_ctr = cmae.info_nce_loss(model.P(h[0].mean(1)), model.M_P(h[1].mean(1)), cfg.tau)    # Eq. 3
+                h[b, ids[b]] = tokens[b, 1:]
+        vectors.append(cls if cfg.pool == "cls" else h.mean(1))
+
+    def two_layers(network, v):
+        return F.gelu(v @ network.fc1.weight.mT + network.fc1.bias) @ network.fc2.weight.mT + network.fc2.bias
+
+    def project(network, v):
+        return v @ network.weight.mT + network.bias if cfg.projection == "linear" else two_layers(network, v)
+
+    L_ctr = cmae.info_nce_loss(project(model.projection, vectors[0]), project(model.M_P, vectors[1]), cfg.tau)  # Eq. 3
     q1 = model.encoder(x_q, visible)
-    L_loc = cmae.location_loss(model.location(q1[:, 1:]), visible)                         # Eq. 4, 5
-    L_con = (model.decoder(q1, visible) - cmae.patchify(x_q, 4)).square()[mask_q].mean()
+    target = torch.stack([x_q[:, :, 4 * (n // 4):, 4 * (n % 4):][:, :, :4, :4].flatten(1) for n in range(16)], 1)
+    if cfg.norm_pixels:
+        target = (target - target.mean(2, keepdim=True)) / target.std(2, keepdim=True)
+    L_con = (model.decoder(q1, visible) - target).square()[mask_q].mean()
+    if cfg.location_from == "content":
+        model.encoder.pos_embed.zero_()
+    L_loc = cmae.location_loss(two_layers(model.location, model.encoder(x_q, visible)[:, 1:]), visible)  # Eq. 4, 5
     for name, value in (("contrast", L_ctr), ("location", L_loc), ("reconstruction", L_con),
                         ("loss", cfg.lam_ctr * L_ctr + cfg.lam_loc * L_loc + cfg.lam_con * L_con)):  # Eq. 6
         assert losses[name].item() == pytest.approx(value.item(), rel=1e-5), name
 
 
-MOMENTUM = {"cmae": ("M_E", "M_P", "P"), "camae": ("f_xi", "g_xi", "g_theta"), "macrl": ("f_xi", "g_xi", "g")}
+def test_content_does_not_tell_where_it_lies():
+    """Without positions the tokens of shuffled patches are the shuffled tokens; with them they are not."""
+    encoder, x, order = build(SMALL["cmae"]).encoder, normal(2, 3, 16, 16), torch.tensor([3, 0, 2, 1])
+    patches, visible = cmae.patchify(x, 4), torch.tensor([[1, 6, 9, 12]] * 2)
+    mixed = patches.clone()
+    mixed[:, visible[0]] = patches[:, visible[0, order]]
+    for positions in (False, True):
+        one, other = (encoder(image, visible, positions=positions) for image in (x, cmae.unpatchify(mixed, 4)))
+        assert torch.allclose(one[:, 1:][:, order], other[:, 1:], atol=1e-5) != positions
+
+
+def test_the_location_head_begins_at_zero_and_learns():
+    """All p are 0, each token's distance is 1, and nothing of it reaches the encoder; after a step it does."""
+    model, x = build(replace(SMALL["cmae"], lam_ctr=0.0, lam_con=0.0, heat="features")), normal(8, 3, 16, 16)
+    weight, optimizer = model.encoder.blocks[0].attn.qkv.weight, torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(2):
+        optimizer.zero_grad()
+        loss = model(x, x)["loss"]
+        loss.backward()
+        assert (loss.item() == 1) == (weight.grad.abs().sum().item() == 0) == (step == 0)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("off", ["lam_ctr", "lam_loc", "lam_con"])
+def test_what_a_weight_of_0_leaves_out_is_frozen_and_not_computed(off, monkeypatch, tmp_path):
+    model = build(replace(SMALL["cmae"], heat="features", location_from="content", **{off: 0.0}))
+    model.location.fc2.weight.data.normal_()                                               # which begins with 0
+    name, part, calls = {"lam_ctr": ("contrast", model.projection, (2, 0)),                # q_1, content; M_E never
+                         "lam_loc": ("location", model.location, (2, 2)),
+                         "lam_con": ("reconstruction", model.decoder, (3, 2))}[off]
+    counts = {id(network): 0 for network in (model.encoder, model.M_E, part)}
+    for network in (model.encoder, model.M_E, part):
+        network.register_forward_hook(lambda network, args, out: counts.update({id(network): counts[id(network)] + 1}))
+    losses = model(normal(4, 3, 16, 16), normal(4, 3, 16, 16, seed=1))
+    assert set(losses) == {"loss", "contrast", "location", "reconstruction"} - {name}
+    assert losses["loss"].item() == pytest.approx(sum(losses[n].item() for n in set(losses) - {"loss"}))
+    assert tuple(counts.values()) == (*calls, 0)
+    losses["loss"].backward()
+    assert not any(p.requires_grad for p in part.parameters())
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+def test_without_the_contrast_the_averages_stand_still(tmp_path):
+    cfg = replace(SMALL["cmae"], lam_ctr=0.0, epochs=1, warmup=0.0, data="shapes", images=32, out=str(tmp_path / "run"))
+    cmae.train(cfg)
+    trained, begun = common.load_checkpoint(tmp_path / "run")["model"], build(cfg).state_dict()
+    still = [name for name in begun if name.startswith(("M_E", "M_P", "projection"))]
+    assert len(still) > 20 and all(torch.equal(trained[name], begun[name]) for name in still)
+    assert not torch.equal(trained["encoder.norm.weight"], begun["encoder.norm.weight"])
+
+
+MOMENTUM = {"cmae": ("M_E", "M_P", "projection"), "camae": ("f_xi", "g_xi", "g_theta"), "macrl": ("f_xi", "g_xi", "g")}
 
 
 @pytest.mark.parametrize("module", [cmae, macrl, camae])
@@ -578,26 +711,28 @@ def test_the_momentum_networks_are_averages_and_slow_down(few, tmp_path, module,
 
 
 @pytest.mark.parametrize("decoder", ["transformer", "mlp", "conv", "hybrid-mlp", "hybrid-conv"])
-def test_decoders_train_and_have_the_readmes_parameters(decoder):
-    model = build(replace(SMALL["cmae"], decoder=decoder, decoder_depth=3, lam_ctr=0.0, lam_loc=0.0))
+def test_decoders_train_and_have_the_pages_parameters(decoder):
+    model = build(replace(SMALL["cmae"], decoder=decoder, decoder_depth=3, lam_ctr=0.0, lam_loc=0.0, heat="features"))
     kinds = {"transformer": "Block", "mlp": "MlpBlock", "conv": "ConvBlock"}
     middle, rest = kinds[decoder.removeprefix("hybrid-")], kinds[decoder if decoder in kinds else "transformer"]
     assert [type(block).__name__ for block in model.decoder.blocks] == [rest, middle, rest]
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
     x = common.normalize(common.load_images("shapes", "train", 16)[0][:16] / 255)
-    for _ in range(60):
+    for _ in range(30):
         loss = model(x, x)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.decoder.blocks.parameters())
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10]), losses
-    command = "`python cmae.py`" if decoder == "transformer" else f"`python cmae.py --decoder {decoder}`"
-    row = re.search(rf"\| ([\d., ]+) \| {command} \|", (HERE / "README.md").read_text())
-    for width, millions in zip((512, 256, 128, 64), row[1].split(",")):
-        blocks = cmae.decoder_blocks(cmae.Config(decoder=decoder, decoder_dim=width))
-        n = sum(p.numel() for p in cmae.Decoder(768, 8, 192, width, blocks).parameters())
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), losses
+    command = "python cmae.py" + {"transformer": ""}.get(decoder, f" --decoder {decoder}") + (
+        " --heat features" if decoder in ("mlp", "conv") else "")
+    row = re.search(rf"\| ([\d.]+, [\d., ]+) \| `{command}` \|", (HERE / "papers/cmae.md").read_text())
+    for width, millions in zip((512, 256, 128, 64), row[1].split(","), strict=True):
+        with torch.device("meta"):
+            blocks = cmae.decoder_blocks(cmae.Config(decoder=decoder, decoder_dim=width, heat="features"))
+            n = sum(p.numel() for p in cmae.Decoder(768, 8, 192, width, blocks).parameters())
         assert f"{n / 1e6:.2f}" == millions.strip()
 
 
@@ -608,6 +743,21 @@ def test_convolution_reaches_neighbours_only_and_passes_the_class_token():
     where = (block(x) != block(changed)).any(2)[0].nonzero().flatten().tolist()
     assert where == [1 + 4 * y + x for y in (0, 1, 2) for x in (0, 1, 2)]
     assert torch.equal(block(x)[:, 0], x[:, 0])
+
+
+def test_convolution_is_depthwise_and_drawn_by_its_own_fans():
+    """Nine numbers go into one of a channel, one into nine: Xavier's deviation is √(2/18), also within a Decoder."""
+    torch.manual_seed(0)
+    block = cmae.Decoder(48, 4, 48, 256, [cmae.ConvBlock(256, 4)]).blocks[0]
+    assert block.kernel.std().item() == pytest.approx(1 / 3, rel=0.05) and block.kernel.abs().max() < 1 / math.sqrt(3)
+    x = normal(1, 17, 256)
+    image = block.norm(x)[0, 1:].unflatten(0, (4, 4))
+    y, column, c = 2, 1, 7                                                                 # a place without an edge
+    out = sum(block.kernel[c, 0, i, j] * image[y + i - 1, column + j - 1, c] for i in range(3) for j in range(3))
+    seen = []
+    block.fc.register_forward_pre_hook(lambda fc, args: seen.append(args[0]))
+    block(x)
+    assert seen[0][0, 4 * y + column, c].item() == pytest.approx(F.gelu(out).item(), abs=1e-5)
 
 
 # CAMAE

@@ -6,26 +6,26 @@ mask ratio and the stronger augmentation, branch w the weaker of both. The encod
 contrasted, and both decoders reconstruct, with an L1 loss.
 
 One training step on B images of N patches, V of them visible, D the width of a token, P the number of a patch's values:
-    c_s, c_w = crop(images), crop(images)                   # what will be restored             (B, 3, 32, 32)
-    x_s, x_w = recolour(c_s, often), recolour(c_w, seldom)  # "stronger data augmentation"      (B, 3, 32, 32)
-    z_s = f(x_s, 25 % of its patches)                       # "higher mask ratio"               (B, 1 + V, D)
-    z_w = f(x_w, 50 % of its patches)                       # "weaker data corruptions"         (B, 1 + V, D)
-    q, k = g(mean(z_s)), g_ξ(mean(f_ξ(x_w, those 50 %)))    # "the encoder in both branches"    (B, 128)
-    L_c = InfoNCE(q, k, 4096 earlier k)                     # "contrastive learning objective"  a number
-    y_s, y_w = d_s(z_s), d_w(z_w)                           # "the decoders' outputs"           (B, N, P)
-    L_s, L_w = L1(y_s, c_s), L1(y_w, c_w), masked patches   # "L_1 reconstruction loss"         two numbers
+    c_s, c_w = crop(images), crop(images)                      # what is to be reconstructed       (B, 3, 32, 32)
+    x_s, x_w = augment_colour(c_s), the same(c_w) more rarely  # "stronger data augmentation"      (B, 3, 32, 32)
+    z_s = f(x_s), of 25 % of its patches                       # "higher mask ratio"               (B, 1 + V, D)
+    z_w = f(x_w), of 50 % of its patches                       # "weaker data corruptions"         (B, 1 + V, D)
+    q, k = g(mean(z_s)), g_ξ(mean(f_ξ(x_w, of those 50 %)))    # "the encoder in both branches"    (B, 128)
+    L_c = InfoNCE(q, k, bank of 4096 earlier k)                # "contrastive learning objective"  a number
+    y_s, y_w = d_s(z_s), d_w(z_w)                              # "the decoders' outputs"           (B, N, P)
+    L_s, L_w = L1(y_s, c_s), L1(y_w, c_w), where masked        # "L_1 reconstruction loss"         two numbers
     step of AdamW on λ_c·L_c + λ_r·(L_s + L_w)/2 for f, g, d_s, d_w
-    f_ξ, g_ξ ← m·(f_ξ, g_ξ) + (1 - m)·(f, g)                # "e.g., Momentum Contrast": one reading
+    f_ξ, g_ξ ← m·(f_ξ, g_ξ) + (1 - m)·(f, g)                   # "e.g., Momentum Contrast": one reading
 
 What may change the result, because the abstract does not say it: mask ratios (--mask, --mask-w), strength of the
-augmentations (--crop-min-s, --jitter-s, …), what is restored (--restore, --pixels, --norm-pixels), which features are
-contrasted (--pool), how keys are made (--keys, --momentum), negatives (--bank), weights (--lam-c, --lam-r), all sizes.
+augmentations (--crop-min-s, --jitter-s, …), what is reconstructed (--restore, --pixels, --norm-pixels), which features
+are contrasted (--pool), how keys are made (--keys, --momentum), negatives (--bank), weights (--lam-c, --lam-r), sizes.
 
     python macrl.py                                         these defaults, on CIFAR-10, for a GPU
     python macrl.py --keys shared --bank 0                  the abstract to the letter: one encoder, no bank
     python macrl.py --tiny --data shapes                    a first look on a laptop; then eval_linear.py, show.py
 
-Measured: --tiny, 5 epochs of CIFAR-10 (JPEG): kNN 47.7 %, linear probe 51.7 % (untrained 33.6, 43.6); FIRSTEPOCH
+Measured: FIRSTEPOCH
 Every other choice, where projector and bank come from, and commands for each data set: papers/macrl.md.
 """
 import copy, math, sys
@@ -58,9 +58,9 @@ class Config:
     keys: Literal["momentum", "shared"] = "momentum"  # keys by averages of the trained networks (MoCo's), or by these
     momentum: float = 0.99  # of those averages, rising to 1 by a cosine; MoCo v3's
     pool: Literal["mean", "cls"] = "mean"  # contrasted: the patches' mean (a choice made here), or class token
-    restore: Literal["clean", "view"] = "clean"  # the crop before its colours change (a choice made here), or the view
+    restore: Literal["clean", "view"] = "clean"  # target: crop before its colours change (a choice made here), or view
     pixels: Literal["masked", "all"] = "masked"  # L1 over the masked patches, MAE's, or over all
-    norm_pixels: bool = False  # restore each patch at mean 0, deviation 1; no: a choice made here
+    norm_pixels: bool = False  # reconstruct each patch at mean 0, deviation 1; no: a choice made here
     crop_min_s: float = 0.2  # smallest crop of branch s, share of the area; MoCo v2's
     crop_min_w: float = 0.5  # smallest crop of branch w; a choice made here
     jitter_s: float = 0.8  # probability of colour jitter in branch s; MoCo v2's
@@ -103,7 +103,7 @@ class Config:
     workers: int = 0  # threads that decode a folder, 0 for one a core
     log_every: int = 20  # steps between rows of metrics.csv
     knn_every: int = 10  # epochs between kNN checks, 0 for none
-    tiny: bool = False  # a size for a laptop: minutes on a CPU
+    tiny: bool = False  # a size for a laptop
 
     def __post_init__(self):
         check_config(self)
@@ -111,7 +111,7 @@ class Config:
         N = (self.img // self.patch) ** 2
         check(0 <= self.mask_w <= self.mask, "--mask-w", self.mask_w, f"must lie between 0 and --mask {self.mask}")
         check(self.lam_r == 0 or self.pixels == "all" or round(self.mask_w * N) > 0, "--mask-w", self.mask_w,
-              f"masks none of {N} patches, and --pixels masked restores nothing else")
+              f"masks none of {N} patches, and --pixels masked reconstructs nothing else")
         check_least(self, 0, "lam_c lam_r bank")
         check(self.lam_c + self.lam_r > 0, "--lam-c", self.lam_c, f"and --lam-r {self.lam_r} leave nothing to learn")
         check(self.lam_c == 0 or self.batch >= 2, "--batch", self.batch,
@@ -127,8 +127,8 @@ TINY = Config(bank=1024, dim=192, depth=4, heads=3, hidden=384, out_dim=64, deco
 
 # The paper, in its abstract's words. B images, N patches, V the visible ones, D width of a token, P = 3·p·p values of a
 # patch of p×p pixels, M keys in the bank, out = --out-dim; (world·B) are the images of all processes. The letters are
-# chosen here: s, w branches; f encoder, g projector, f_ξ, g_ξ their averages; d_s, d_w decoders; z tokens, y restored
-# patches; q queries, of s, k keys, of w; m momentum; τ temperature; L losses, λ weights.
+# chosen here: s, w branches; f encoder, g projector, f_ξ, g_ξ their averages; d_s, d_w decoders; c crops, x views;
+# z tokens, y reconstructed patches; q queries, of s, k keys, of w; m momentum; τ temperature; L losses, λ weights.
 
 def clean_views(images, cfg, aspect=None):
     """A crop of each image for branch s and one for branch w, flipped or not: c_s and c_w.
@@ -188,10 +188,10 @@ class MACRL(nn.Module):
         self.decoder_w.requires_grad_(cfg.lam_r > 0)
 
     def forward(self, view1, view2, target1=None, target2=None):
-        """Normalised views of branch s and w, and what they are to be restored to, themselves if None: (B, 3, H, W) →
+        """Normalised views of branch s and w, and what is to be reconstructed, the views if None: (B, 3, H, W) →
         {"loss", "contrast": L_c, "reconstruction": the mean of "reconstruction s": L_s and "reconstruction w": L_w},
         without what a weight of 0 leaves out. Fills the bank."""
-        cfg, losses = self.cfg, {}
+        cfg, L_c, L_r, losses = self.cfg, 0, 0, {}
         mask_s, visible_s = self.draw(view1, cfg.mask)  # "higher mask ratio", (B, N), (B, V)
         mask_w, visible_w = self.draw(view2, cfg.mask_w)  # "weaker data corruptions", (B, N), (B, V)
         z_s = self.encoder(view1, visible_s)  # (B, 1 + V, D)
@@ -205,24 +205,23 @@ class MACRL(nn.Module):
                     k = gather(self.g_xi(self.f_xi.vector(self.f_xi(view2, visible_w))))  # (world·B, out)
             else:
                 k = gather(self.g(self.encoder.vector(z_w)))  # (world·B, out)
-            L_c = info_nce_loss(q, k, self.bank.keys, cfg.tau)  # "contrastive learning objective"
+            losses["contrast"] = L_c = info_nce_loss(q, k, self.bank.keys, cfg.tau)  # "contrastive learning objective"
             self.bank.push(k)
-            losses["contrast"] = L_c
         if cfg.lam_r > 0:  # "the decoders' outputs"
             y_s, y_w = self.decoder_s(z_s, visible_s), self.decoder_w(z_w, visible_w)  # (B, N, P)
-            L_s = self.restoration(y_s, view1 if target1 is None else target1, mask_s)
-            L_w = self.restoration(y_w, view2 if target2 is None else target2, mask_w)
-            losses |= {"reconstruction": (L_s + L_w) / 2, "reconstruction s": L_s, "reconstruction w": L_w}
-        loss = cfg.lam_c * losses.get("contrast", 0) + cfg.lam_r * losses.get("reconstruction", 0)
-        return {"loss": loss, **losses}
+            L_s = self.l1(y_s, view1 if target1 is None else target1, mask_s)
+            L_w = self.l1(y_w, view2 if target2 is None else target2, mask_w)
+            L_r = (L_s + L_w) / 2
+            losses |= {"reconstruction": L_r, "reconstruction s": L_s, "reconstruction w": L_w}
+        return {"loss": cfg.lam_c * L_c + cfg.lam_r * L_r, **losses}
 
     def draw(self, x, ratio):
         """A mask (B, N) for views (B, 3, H, W), and the patches that it leaves visible, (B, V)."""
         mask = random_mask(len(x), self.N, ratio, x.device)
         return mask, visible_first(mask)[:, :self.N - round(ratio * self.N)]
 
-    def restoration(self, y, target, mask):
-        """The L1 loss of restored patches (B, N, P), targets (B, 3, H, W), mask (B, N), as the flags have it."""
+    def l1(self, y, target, mask):
+        """The L1 loss of reconstructed patches (B, N, P), targets (B, 3, H, W), mask (B, N), as the flags have it."""
         patches = patchify(target, self.cfg.patch)  # (B, N, P)
         patches = normalize_patches(patches) if self.cfg.norm_pixels else patches
         return reconstruction_loss(y, patches, mask if self.cfg.pixels == "masked" else torch.ones_like(mask))
@@ -320,7 +319,7 @@ def train(cfg):
     return run.finish()
 
 
-# Parts. K heads; q, k, v of attention; width is the decoder's.
+# Parts. K heads, each d = D/K wide, q, k, v theirs; width is the decoder's.
 
 def ema(average, model, m):
     """average ← m·average + (1 - m)·model, weight by weight, for two networks of the same shape."""
@@ -408,7 +407,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, N, d) each, d = D/K
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, N, d) each
         return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 

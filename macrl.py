@@ -1,90 +1,32 @@
 """MACRL: Yuchong Yao, Nandakishor Desai and Marimuthu Palaniswami, "Masked Contrastive Representation Learning",
-arXiv 2211.06012, 2022.
-
-This file is written from the abstract alone. What the abstract says is built, and stands below in its words; every
-number and many a choice beside is ours, and no reader may take it for the paper's. Whoever has the paper may compare it
-with the second table below.
+arXiv 2211.06012, 2022. Written from its abstract alone: what that does not say, all numbers too, is a choice made here.
 
 Two views of an image go through a siamese network, an encoder and a decoder in both branches. Branch s gets the higher
 mask ratio and the stronger augmentation, branch w the weaker of both. The encoder's features of the two branches are
 contrasted, and both decoders reconstruct, with an L1 loss.
 
-Symbols, all of them ours
-    x_s, x_w        views of branch s and branch w                view1, view2 (B, 3, H, W)
-    t_s, t_w        the same crops before colour augmentation     target1, target2 (B, 3, H, W)
-    f, f_ξ          encoder, its momentum average                 encoder, f_xi
-    g, g_ξ          projector, its momentum average               g, g_xi
-    d_s, d_w        decoders                                      decoder_s, decoder_w
-    z_s, z_w        the encoder's tokens of the visible patches   z_s, z_w (B, 1 + V, D), class token first
-    y_s, y_w        reconstructed patches                         y_s, y_w (B, N, P)
-    q, k            queries from s, keys from w                   q, k (world·B, --out-dim)
-    b               memory bank: keys of earlier steps            bank.keys (M, --out-dim)
-    L_c, L_s, L_w   contrast, L1 in branch s, in branch w         L_c, L_s, L_w
-    τ               temperature                                   tau
+One training step on B images of N patches, V of them visible, D the width of a token, P the number of a patch's values:
+    c_s, c_w = crop(images), crop(images)                      # what is to be reconstructed       (B, 3, 32, 32)
+    x_s, x_w = augment_colour(c_s), the same(c_w) more rarely  # "stronger data augmentation"      (B, 3, 32, 32)
+    z_s = f(x_s), of 25 % of its patches                       # "higher mask ratio"               (B, 1 + V, D)
+    z_w = f(x_w), of 50 % of its patches                       # "weaker data corruptions"         (B, 1 + V, D)
+    q, k = g(mean(z_s)), g_ξ(mean(f_ξ(x_w, of those 50 %)))    # "the encoder in both branches"    (B, 128)
+    L_c = InfoNCE(q, k, bank of 4096 earlier k)                # "contrastive learning objective"  a number
+    y_s, y_w = d_s(z_s), d_w(z_w)                              # "the decoders' outputs"           (B, N, P)
+    L_s, L_w = L1(y_s, c_s), L1(y_w, c_w), where masked        # "L_1 reconstruction loss"         two numbers
+    step of AdamW on λ_c·L_c + λ_r·(L_s + L_w)/2 for f, g, d_s, d_w
+    f_ξ, g_ξ ← m·(f_ξ, g_ξ) + (1 - m)·(f, g)                   # "e.g., Momentum Contrast": one reading
 
-The abstract's sentences → here
-    "masked image modelling (e.g., Masked AutoEncoder) and  what the abstract leaves open follows MAE and MoCo
-      contrastive learning (e.g., Momentum Contrast)"
-    "asymmetric setting for the siamese network (i.e.,      MACRL, MACRL.branch
-      encoder-decoder structure in both branches)"
-    "one branch with higher mask ratio and stronger data    --mask, --mask-w; corrupt, clean_views
-      augmentation, while the other adopts weaker data
-      corruptions"
-    "a contrastive learning objective based on the learned  info_nce_loss. To the letter it is --keys shared; by
-      features from the encoder in both branches"             default branch w's keys are of the encoder's average
-    "the L_1 reconstruction loss according to the           reconstruction_loss
-      decoders' outputs"
-    "CIFAR-10, CIFAR-100, Tiny-ImageNet, and two other      --data
-      ImageNet subsets"
+What may change the result, because the abstract does not say it: mask ratios (--mask, --mask-w), strength of the
+augmentations (--crop-min-s, --jitter-s, …), what is reconstructed (--restore, --pixels, --norm-pixels), which features
+are contrasted (--pool), how keys are made (--keys, --momentum), negatives (--bank), weights (--lam-c, --lam-r), sizes.
 
-What the abstract does not say. That the paper has a projector and a memory bank is known, but not how they are made.
-    Left open                             Here, and ours                                    Flag
-    mask ratios                           0.75 in branch s, 0.5 in branch w; uniform, and   --mask --mask-w
-                                            independent of each other
-    augmentations                         both: independent crops, aspect 3/4 to 4/3, and   --crop-min-s
-                                            flips. s: crops of 0.2 to 1 of the area, colour   --crop-min-w
-                                            jitter with probability 0.8, greyscale 0.2. w:    --jitter-s --jitter-w
-                                            crops of 0.5 to 1, jitter 0.4. No blur, for       --gray-s --gray-w
-                                            images are small. Stronger means more often:      --blur-s --blur-w
-                                            how much a change changes is MoCo v3's in both
-    what masking does                     as in MAE: the encoder sees visible patches only  -
-    weights of the branches               one encoder serves both, each has its decoder.    -
-                                            A second pass of w makes the keys; decoder w
-                                            does not stand on the momentum encoder
-    class token, positions, weights       as in MAE: one class token, which the decoders    -
-                                            see too; sines and cosines; Xavier
-    which features are contrasted         mean of the visible patches' tokens               --pool cls
-    projector                             2 layers, GELU                                    --hidden --out-dim
-    objective                             InfoNCE of l2-normalised vectors                  --tau
-    direction                             queries are made from s alone, keys from w        -
-    keys                                  from momentum averages of encoder and projector,  --keys shared
-                                            on the view and mask of w; or from the trained    --momentum
-                                            ones, whose gradient then goes through keys
-                                            too. Averages: 0.99, rising to 1 by a cosine
-    negatives                             the batch's other keys, of all processes, and a   --bank
-                                            bank of the last 4096, first in, first out,
-                                            random unit vectors at first; 0: the batch alone
-    what is reconstructed                 the crop before jitter, greyscale and blur        --restore view
-    over which patches                    the masked ones                                   --pixels all
-    pixels as they are, or normalised     as they are; only ImageNet's mean and deviation   --norm-pixels
-      patch by patch                        of each channel are taken out
-    L1 of two branches                    their mean                                        -
-    weights of contrast and L1            1 and 1                                           --lam-c --lam-r
-    encoder, decoders                     ViT-S on 32×32 pixels, patches of 4; 4 blocks,    --img --patch …
-                                            192 wide, 6 heads                                 --decoder-heads
-    optimisation                          AdamW as in MAE, base rate 1e-3, batch 256, 300   --lr --batch …
-                                            epochs, 40 of them warm-up
+    python macrl.py                                         these defaults, on CIFAR-10, for a GPU
+    python macrl.py --keys shared --bank 0                  the abstract to the letter: one encoder, no bank
+    python macrl.py --tiny --data shapes                    a first look on a laptop; then eval_linear.py, show.py
 
-    python macrl.py                                                         the defaults, on CIFAR-10
-    python macrl.py --data cifar100                                         on CIFAR-100
-    python macrl.py --data tiny-imagenet --img 64 --patch 8                 on Tiny-ImageNet
-    python macrl.py --data PATH --img 224 --patch 16 --blur-s 0.5           a folder, as of an ImageNet subset
-    python macrl.py --tiny --data shapes                                    a first look on a laptop
-    python eval_linear.py runs/macrl-DATE-TIME                              kNN and linear probe of what came out
-    python show.py runs/macrl-DATE-TIME                                     what both branches saw and restored
-
-Measured: --tiny, 5 epochs of CIFAR-10 (JPEG) on one CPU core: kNN 47.7 %, linear probe 51.7 % (untrained 33.6, 43.6).
-The defaults are not measured yet, and the abstract gives no figure to set beside. Commands and the rest: RESULTS.md.
+Measured: FIRSTEPOCH
+Every other choice, where projector and bank come from, and commands for each data set: papers/macrl.md.
 """
 import copy, math, sys
 from collections import OrderedDict
@@ -96,173 +38,292 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from common import (Batches, Run, autocast, check, check_config, color_jitter, cosine_lr, gaussian_blur, launch,
-                    load_images, normalize, param_groups, random_grayscale, random_hflip, random_resized_crop,
-                    seed_step, start_processes)
+from common import (Batches, Run, autocast, check, check_above, check_config, check_least, check_mask, check_share,
+                    color_jitter, cosine_lr, gaussian_blur, init_encoders, launch, load_data, normalize, param_groups,
+                    random_grayscale, random_hflip, random_resized_crop, recompute, schedule, seed_step,
+                    start_processes)
 
 
 @dataclass
 class Config:
     """Every setting, each a flag of the command line. Raises UserError for a value out of range."""
     # method
-    mask: float = 0.75  # share of the patches masked in branch s, the "higher mask ratio"; how high: ours
-    mask_w: float = 0.5  # share of the patches masked in branch w, at most --mask; ours
-    lam_c: float = 1.0  # weight of the contrast, which is computed and logged at 0 too; ours
-    lam_r: float = 1.0  # weight of the reconstruction, computed and logged at 0 too; ours
-    tau: float = 0.2  # τ, temperature; ours: MoCo v2's
-    bank: int = 4096  # keys of earlier steps as negatives, fewer than there are images; 0 for none; ours
-    keys: Literal["momentum", "shared"] = "momentum"  # keys are of momentum averages or of the trained networks; ours
-    momentum: float = 0.99  # of f_ξ and g_ξ, rising to 1 by a cosine; ours: MoCo v3's
-    pool: Literal["mean", "cls"] = "mean"  # the features: mean of the patches' tokens or class token; ours
-    restore: Literal["clean", "view"] = "clean"  # the target: the view before its colours were changed, or after; ours
-    pixels: Literal["masked", "all"] = "masked"  # L1 over the masked patches or over all; ours
-    norm_pixels: bool = False  # restore each patch at mean 0, deviation 1; ours
-    crop_min_s: float = 0.2  # smallest crop of branch s, share of the area; ours
-    crop_min_w: float = 0.5  # smallest crop of branch w; ours
-    jitter_s: float = 0.8  # probability of colour jitter in branch s; ours: MoCo v3's
-    jitter_w: float = 0.4  # probability of colour jitter in branch w; ours
-    gray_s: float = 0.2  # probability of greyscale in branch s; ours: MoCo v3's
-    gray_w: float = 0.0  # probability of greyscale in branch w; ours
-    blur_s: float = 0.0  # probability of blur in branch s; ours: none, as SimCLR on CIFAR-10
-    blur_w: float = 0.0  # probability of blur in branch w; ours
+    mask: float = 0.75  # share of the patches masked in branch s, the "higher mask ratio"; MAE's
+    mask_w: float = 0.5  # share of the patches masked in branch w, at most --mask; a choice made here
+    lam_c: float = 1.0  # λ_c, weight of the contrast, a choice made here; 0 leaves it out
+    lam_r: float = 1.0  # λ_r, weight of the reconstruction, a choice made here; 0 leaves it out
+    tau: float = 0.2  # τ, temperature; MoCo v2's
+    bank: int = 4096  # keys of earlier steps as negatives, 0 for none; a choice made here
+    keys: Literal["momentum", "shared"] = "momentum"  # keys by averages of the trained networks (MoCo's), or by these
+    momentum: float = 0.99  # of those averages, rising to 1 by a cosine; MoCo v3's
+    pool: Literal["mean", "cls"] = "mean"  # contrasted: the patches' mean (a choice made here), or class token
+    restore: Literal["clean", "view"] = "clean"  # target: crop before its colours change (a choice made here), or view
+    pixels: Literal["masked", "all"] = "masked"  # L1 over the masked patches, MAE's, or over all
+    norm_pixels: bool = False  # reconstruct each patch at mean 0, deviation 1; no: a choice made here
+    crop_min_s: float = 0.2  # smallest crop of branch s, share of the area; MoCo v2's
+    crop_min_w: float = 0.5  # smallest crop of branch w; a choice made here
+    jitter_s: float = 0.8  # probability of colour jitter in branch s; MoCo v2's
+    jitter_w: float = 0.4  # probability of colour jitter in branch w; a choice made here
+    gray_s: float = 0.2  # probability of greyscale in branch s; MoCo v2's
+    gray_w: float = 0.0  # probability of greyscale in branch w; a choice made here
+    blur_s: float = 0.0  # probability of blur in branch s; none, SimCLR's on CIFAR-10
+    blur_w: float = 0.0  # probability of blur in branch w; none, SimCLR's on CIFAR-10
     # model
-    img: int = 32  # side of the views in pixels; ours
-    patch: int = 4  # side of a patch in pixels; ours
-    dim: int = 384  # width D; ours: ViT-Small's
-    depth: int = 12  # blocks; ours: ViT-Small's
-    heads: int = 6  # heads K; ours: ViT-Small's
-    hidden: int = 2048  # hidden width of the projector; ours: MoCo v2's
-    out_dim: int = 128  # width of queries and keys; ours: MoCo v2's
-    decoder_depth: int = 4  # blocks of a decoder; ours
-    decoder_dim: int = 192  # width of a decoder; ours
-    decoder_heads: int = 6  # heads of a decoder; ours
+    img: int = 32  # side of the views in pixels: CIFAR-10's
+    patch: int = 4  # side of a patch in pixels; a choice made here
+    dim: int = 384  # width D; ViT-Small's
+    depth: int = 12  # blocks; ViT-Small's
+    heads: int = 6  # heads K; ViT-Small's
+    hidden: int = 2048  # hidden width of the projector; MoCo v2's
+    out_dim: int = 128  # width of queries and keys; MoCo v2's
+    decoder_depth: int = 4  # blocks of a decoder; a choice made here
+    decoder_dim: int = 192  # width of a decoder; a choice made here
+    decoder_heads: int = 6  # heads of a decoder; a choice made here
     # optimisation
-    epochs: int = 300  # passes over the data; ours
-    batch: int = 256  # images per step and per process; ours
-    lr: float = 1e-3  # base learning rate, for a batch of 256; ours
-    wd: float = 0.05  # weight decay; ours: MAE's
-    warmup: int = 40  # epochs of linear warm-up; ours: MAE's
+    epochs: int = 300  # passes over the data; a choice made here
+    batch: int = 256  # images per step and per process; a choice made here
+    lr: float = 1e-3  # base learning rate, for a batch of 256; a choice made here
+    wd: float = 0.05  # weight decay; MAE's
+    warmup: float = 40.0  # epochs of linear warm-up; MAE's
+    steps: int = 0  # stop after so many steps, the schedule too; 0 for all of --epochs
     # run
     data: str = "cifar10"  # cifar10, cifar100, stl10, tiny-imagenet, shapes, or a folder; the abstract's first set
-    root: str = "data"  # where data sets are downloaded to and decoded; ours
-    out: str = ""  # folder of the run, new or empty; ours: runs/macrl-DATE-TIME
-    resume: str = ""  # folder of a run to go on with; ours
-    seed: int = 0  # of all random numbers; ours
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute; ours
-    amp: bool = True  # bfloat16 autocast where the device has it; ours
-    compile: bool = False  # torch.compile the model; ours
-    workers: int = 0  # threads that decode a folder, 0 for one a core; ours
-    log_every: int = 20  # steps between rows of metrics.csv; ours
-    knn_every: int = 10  # epochs between kNN checks, 0 for none; ours
-    tiny: bool = False  # a size for a laptop: minutes on a CPU; ours
+    images: int = 0  # train on so many images, a fixed choice; 0 for all
+    store: int = 0  # side in pixels at which images are kept, squeezed to squares; 0 for 8/7 of --img
+    root: str = "data"  # where data sets are downloaded to and decoded
+    out: str = ""  # folder of the run, new or empty (default: runs/macrl-DATE-TIME)
+    init: str = ""  # begin with the weights of this encoder: a run, its encoder.pt, or a state dict of timm's
+    resume: str = ""  # folder of a run to go on with
+    seed: int = 0  # of all random numbers
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute
+    amp: bool = True  # bfloat16 autocast where the device is fast in it
+    compile: bool = False  # torch.compile the model
+    recompute: bool = False  # compute the encoder's blocks a second time in backward: less memory, more time
+    workers: int = 0  # threads that decode a folder, 0 for one a core
+    log_every: int = 20  # steps between rows of metrics.csv
+    knn_every: int = 10  # epochs between kNN checks, 0 for none
+    tiny: bool = False  # a size for a laptop
 
     def __post_init__(self):
         check_config(self)
-        patches = (self.img // self.patch) ** 2
-        check(0 < self.mask < 1 and 0 < round(self.mask * patches) < patches, "--mask", self.mask,
-              f"must lie between 0 and 1 and leave some of {patches} patches masked and some visible")
+        check_mask(self)
+        N = (self.img // self.patch) ** 2
         check(0 <= self.mask_w <= self.mask, "--mask-w", self.mask_w, f"must lie between 0 and --mask {self.mask}")
-        check(self.pixels == "all" or round(self.mask_w * patches) > 0, "--mask-w", self.mask_w,
-              f"masks none of {patches} patches, and --pixels masked restores nothing else")
-        check(min(self.lam_c, self.lam_r) >= 0 and 0 < self.lam_c + self.lam_r < math.inf, "--lam-c, --lam-r",
-              (self.lam_c, self.lam_r), "must not be negative, and not both 0")
-        check(0 < self.tau < math.inf, "--tau", self.tau, "must be above 0")
-        check(self.bank >= 0, "--bank", self.bank, "must not be negative")
+        check(self.lam_r == 0 or self.pixels == "all" or round(self.mask_w * N) > 0, "--mask-w", self.mask_w,
+              f"masks none of {N} patches, and --pixels masked reconstructs nothing else")
+        check_least(self, 0, "lam_c lam_r bank")
+        check(self.lam_c + self.lam_r > 0, "--lam-c", self.lam_c, f"and --lam-r {self.lam_r} leave nothing to learn")
         check(self.lam_c == 0 or self.batch >= 2, "--batch", self.batch,
               "must be at least 2, or the batch has no negatives")
-        check(0 <= self.momentum <= 1, "--momentum", self.momentum, "must lie between 0 and 1")
-        for name in ("crop_min_s", "crop_min_w"):
-            check(0 < getattr(self, name) <= 1, "--" + name.replace("_", "-"), getattr(self, name),
-                  "must lie between 0 and 1")
-        for name in ("jitter_s", "jitter_w", "gray_s", "gray_w", "blur_s", "blur_w"):
-            check(0 <= getattr(self, name) <= 1, "--" + name.replace("_", "-"), getattr(self, name),
-                  "is a probability: 0 to 1")
-        for name in ("hidden", "out_dim", "decoder_depth", "decoder_heads"):
-            check(getattr(self, name) >= 1, "--" + name.replace("_", "-"), getattr(self, name), "must be at least 1")
-        check(self.decoder_dim > 0 and self.decoder_dim % (4 * self.decoder_heads) == 0, "--decoder-dim",
-              self.decoder_dim, f"must be a multiple of 4 times --decoder-heads {self.decoder_heads}")
+        check_above(self, 0, "tau crop_min_s crop_min_w")
+        check_share(self, "momentum crop_min_s crop_min_w jitter_s jitter_w gray_s gray_w blur_s blur_w")
+        check_least(self, 1, "hidden out_dim")
 
 
 TINY = Config(bank=1024, dim=192, depth=4, heads=3, hidden=384, out_dim=64, decoder_depth=2, decoder_dim=96,
-              decoder_heads=3, epochs=8, batch=128, warmup=1, knn_every=1, tiny=True)
+              decoder_heads=3, epochs=8, batch=128, warmup=1.0, knn_every=1, tiny=True)
 
 
-# Transformer. B batch, N patches, V visible ones, D width, K heads, M keys of the bank, P = 3·p·p numbers of a patch, p
-# pixels a side (--patch); width is the decoder's.
+# The paper, in its abstract's words. B images, N patches, V the visible ones, D width of a token, P = 3·p·p values of a
+# patch of p×p pixels, M keys in the bank, out = --out-dim; (world·B) are the images of all processes. The letters are
+# chosen here: s, w branches; f encoder, g projector, f_ξ, g_ξ their averages; d_s, d_w decoders; c crops, x views;
+# z tokens, y reconstructed patches; q queries, of s, k keys, of w; m momentum; τ temperature; L losses, λ weights.
 
-def sincos_pos_embed(dim, grid):
-    """Fixed sine-cosine positions of grid×grid patches, (1, N, D): half of D for the row, half for the column."""
-    omega = 10000 ** -(torch.arange(dim // 4) / (dim // 4))
-    angle = torch.arange(grid)[:, None] * omega                                             # (grid, D/4)
-    one = torch.cat([angle.sin(), angle.cos()], 1)                                          # (grid, D/2)
-    rows, columns = one[:, None].expand(grid, grid, -1), one[None].expand(grid, grid, -1)
-    return torch.cat([rows, columns], 2).reshape(1, grid * grid, dim)
+def clean_views(images, cfg, aspect=None):
+    """A crop of each image for branch s and one for branch w, flipped or not: c_s and c_w.
 
-
-def mlp(dim, hidden, out):
-    """Two layers with GELU between, each token on its own; parts named as in timm."""
-    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, out)))
+    images (B, 3, S, S), uint8 or 0…1; aspect (B,): their width over height before they were squeezed to squares, 1 if
+    None. Returns two of (B, 3, img, img), 0…1.
+    """
+    return tuple(random_hflip(random_resized_crop(images, cfg.img, (least, 1.0), aspect=aspect))
+                 for least in (cfg.crop_min_s, cfg.crop_min_w))
 
 
-def attend(q, k, tokens):
-    """How the mean query of `tokens` (a slice of the N) attends to all N: (B, K, N, D/K) twice → (B, K, N), sum 1."""
-    q = q.float()[:, :, tokens].mean(2, keepdim=True)                                       # (B, K, 1, D/K)
-    return ((q * k.float()).sum(3) / k.shape[3] ** 0.5).softmax(2)
+def corrupt(clean, cfg):
+    """Changes the colours of the two of clean_views, more often in branch s: x_s and x_w, normalised (B, 3, img, img).
+    "stronger data augmentation" """
+    chances = (cfg.jitter_s, cfg.gray_s, cfg.blur_s), (cfg.jitter_w, cfg.gray_w, cfg.blur_w)
+    return tuple(normalize(gaussian_blur(random_grayscale(color_jitter(x, p=jitter), gray), blur))
+                 for x, (jitter, gray, blur) in zip(clean, chances))
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, D) → (B, N, D)."""
-    def __init__(self, dim, heads):
+def views(images, cfg, aspect=None):
+    """The views of branch s and branch w, normalised (B, 3, img, img); arguments as for clean_views."""
+    return corrupt(clean_views(images, cfg, aspect), cfg)
+
+
+def random_mask(B, N, ratio, device=None):
+    """Which of N places are masked: bool (B, N), 1 = masked, as many in each image, uniform over places."""
+    order = torch.rand(B, N, device=device).argsort(1)  # a permutation of 0 … N - 1 in each row
+    return order < round(ratio * N)
+
+
+def visible_first(mask):
+    """The patches of each image in order, the visible ones before the masked ones: mask (B, N) → ids (B, N)."""
+    return mask.int().argsort(dim=1, stable=True)
+
+
+def take(x, ids):
+    """The tokens `ids` (B, V) of x (B, N, D): (B, V, D)."""
+    return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+class MACRL(nn.Module):
+    """The siamese network, "encoder-decoder structure in both branches", and its losses."""
+    def __init__(self, cfg):
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.cfg, self.N = cfg, (cfg.img // cfg.patch) ** 2
+        self.encoder = Encoder(cfg, cfg.pool)  # f, of both branches
+        self.decoder_s, self.decoder_w = (  # d_s, d_w
+            Decoder(cfg.dim, cfg.img // cfg.patch, 3 * cfg.patch ** 2, cfg.decoder_dim,
+                    [Block(cfg.decoder_dim, cfg.decoder_heads) for _ in range(cfg.decoder_depth)]) for _ in range(2))
+        self.g = mlp(cfg.dim, cfg.hidden, cfg.out_dim).apply(init_weights)
+        if cfg.keys == "momentum":
+            self.f_xi = copy.deepcopy(self.encoder).requires_grad_(False)
+            self.g_xi = copy.deepcopy(self.g).requires_grad_(False)
+        self.bank = Bank(cfg.bank, cfg.out_dim)
+        self.g.requires_grad_(cfg.lam_c > 0)  # what a weight of 0 leaves out is not trained
+        self.decoder_s.requires_grad_(cfg.lam_r > 0)
+        self.decoder_w.requires_grad_(cfg.lam_r > 0)
 
-    def split(self, x):
-        """(B, N, D) → queries, keys, values of each head, (3, B, K, N, D/K)."""
-        return self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    def forward(self, view1, view2, target1=None, target2=None):
+        """Normalised views of branch s and w, and what is to be reconstructed, the views if None: (B, 3, H, W) →
+        {"loss", "contrast": L_c, "reconstruction": the mean of "reconstruction s": L_s and "reconstruction w": L_w},
+        without what a weight of 0 leaves out. Fills the bank."""
+        cfg, L_c, L_r, losses = self.cfg, 0, 0, {}
+        mask_s, visible_s = self.draw(view1, cfg.mask)  # "higher mask ratio", (B, N), (B, V)
+        mask_w, visible_w = self.draw(view2, cfg.mask_w)  # "weaker data corruptions", (B, N), (B, V)
+        z_s = self.encoder(view1, visible_s)  # (B, 1 + V, D)
+        if cfg.lam_r > 0 or cfg.keys == "shared":
+            z_w = self.encoder(view2, visible_w)  # (B, 1 + V, D)
 
-    def mix(self, q, k, v):
-        """Queries, keys, values of each head (B, K, N, D/K) → (B, N, D)."""
-        x = F.scaled_dot_product_attention(q, k, v)                                         # (B, K, N, D/K)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        if cfg.lam_c > 0:  # "features from the encoder in both branches"
+            q = gather(self.g(self.encoder.vector(z_s)))  # (world·B, out)
+            if cfg.keys == "momentum":
+                with torch.no_grad():
+                    k = gather(self.g_xi(self.f_xi.vector(self.f_xi(view2, visible_w))))  # (world·B, out)
+            else:
+                k = gather(self.g(self.encoder.vector(z_w)))  # (world·B, out)
+            losses["contrast"] = L_c = info_nce_loss(q, k, self.bank.keys, cfg.tau)  # "contrastive learning objective"
+            self.bank.push(k)
+        if cfg.lam_r > 0:  # "the decoders' outputs"
+            y_s, y_w = self.decoder_s(z_s, visible_s), self.decoder_w(z_w, visible_w)  # (B, N, P)
+            L_s = self.l1(y_s, view1 if target1 is None else target1, mask_s)
+            L_w = self.l1(y_w, view2 if target2 is None else target2, mask_w)
+            L_r = (L_s + L_w) / 2
+            losses |= {"reconstruction": L_r, "reconstruction s": L_s, "reconstruction w": L_w}
+        return {"loss": cfg.lam_c * L_c + cfg.lam_r * L_r, **losses}
 
-    def forward(self, x):
-        return self.mix(*self.split(x))
+    def draw(self, x, ratio):
+        """A mask (B, N) for views (B, 3, H, W), and the patches that it leaves visible, (B, V)."""
+        mask = random_mask(len(x), self.N, ratio, x.device)
+        return mask, visible_first(mask)[:, :self.N - round(ratio * self.N)]
+
+    def l1(self, y, target, mask):
+        """The L1 loss of reconstructed patches (B, N, P), targets (B, 3, H, W), mask (B, N), as the flags have it."""
+        patches = patchify(target, self.cfg.patch)  # (B, N, P)
+        patches = normalize_patches(patches) if self.cfg.norm_pixels else patches
+        return reconstruction_loss(y, patches, mask if self.cfg.pixels == "masked" else torch.ones_like(mask))
+
+    @torch.no_grad()
+    def reconstruct(self, x, branch="s", target=None):
+        """Normalised images (B, 3, H, W) → (masked input, prediction) of a branch, both normalised images.
+
+        Visible patches that the loss leaves out (--pixels masked) are shown as they are. With --norm-pixels each
+        patch gets the mean and deviation that it has in `target`, the images themselves if None.
+        """
+        cfg, patches = self.cfg, patchify(x, self.cfg.patch)  # (B, N, P)
+        ratio, decoder = {"s": (cfg.mask, self.decoder_s), "w": (cfg.mask_w, self.decoder_w)}[branch]
+        mask, visible = self.draw(x, ratio)
+        y = decoder(self.encoder(x, visible), visible).float()  # (B, N, P)
+        if cfg.norm_pixels:
+            y = denormalize_patches(y, patches if target is None else patchify(target, cfg.patch))
+        masked = mask[:, :, None]  # (B, N, 1)
+        shown = torch.where(masked, y, patches) if cfg.pixels == "masked" else y
+        return unpatchify(patches.masked_fill(masked, 0), cfg.patch), unpatchify(shown, cfg.patch)
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block, (B, N, D) → (B, N, D)."""
-    def __init__(self, dim, heads):
+class Bank(nn.Module):
+    """The keys of earlier steps, (M, width), first in, first out; random unit vectors until the first M have come."""
+    def __init__(self, M, width):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = mlp(dim, 4 * dim, dim)
+        self.register_buffer("keys", F.normalize(torch.randn(M, width), dim=1))
+        self.register_buffer("pushed", torch.zeros((), dtype=torch.long))  # how many have come
 
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-def init_weights(module):
-    """Xavier-uniform weights and zero biases, as in MAE; a patch embedding counts as a linear layer."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.xavier_uniform_(module.weight.data.flatten(1))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    @torch.no_grad()
+    def push(self, k):
+        """Puts keys (n, width), of any length, in the place of the n oldest; of more than M the last M stay."""
+        M = len(self.keys)
+        if M > 0:
+            k = F.normalize(k[-M:].float(), dim=1)
+            self.keys.index_copy_(0, (self.pushed + torch.arange(len(k), device=k.device)) % M, k)
+            self.pushed.add_(len(k))
 
 
-def patchify(x, p):
-    """Images (B, 3, H, W) → patches (B, N, P), P = 3·p·p ordered (channel, row, column): PixelShuffle undone."""
-    return F.pixel_unshuffle(x, p).flatten(2).mT
+def info_nce_loss(q, k, bank, tau):
+    """InfoNCE of q[i] and its positive k[i] against all other k, (B, any width), and the bank (M, the same width);
+    mean over i. With M = 0 the batch alone."""
+    with torch.autocast(q.device.type, enabled=False):
+        keys = torch.cat([F.normalize(k.float(), dim=1), F.normalize(bank.float(), dim=1)])  # (B + M, width)
+        logits = F.normalize(q.float(), dim=1) @ keys.mT / tau  # (B, B + M)
+        return F.cross_entropy(logits, torch.arange(len(q), device=q.device))
 
 
-def unpatchify(x, p):
-    """Patches (B, N, P) of a square image → (B, 3, H, W), by PixelShuffle."""
-    return F.pixel_shuffle(x.mT.unflatten(2, (math.isqrt(x.shape[1]), -1)), p)
+def reconstruction_loss(pred, target, mask):
+    """Mean absolute error of (B, N, P) over the patches where mask (B, N) is 1; 0 where none is."""
+    error = (pred.float() - target.float()).abs().mean(2)  # (B, N)
+    return (error * mask).sum() / mask.sum().clamp(min=1)
+
+
+def train(cfg):
+    """Trains as `cfg` says; returns the run's folder. Raises UserError, FloatingPointError, SystemExit on a signal."""
+    here = start_processes(cfg.device)
+    data, test = load_data(cfg)
+    batches = Batches(data, cfg.batch, cfg.seed, here)
+    steps, warmup = schedule(cfg, len(batches))
+
+    torch.manual_seed(cfg.seed)
+    model = MACRL(cfg).to(here.device)
+    init_encoders(model, cfg.init)
+    if cfg.recompute:
+        recompute(model)
+    net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model
+    net = torch.compile(net) if cfg.compile else net
+    peak = cfg.lr * cfg.batch * here.world / 256  # MAE's rule
+    optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, betas=(0.9, 0.95), fused=True)  # MAE's
+
+    run = Run("macrl", cfg, here, len(batches))
+    step = run.resume(model=model, optimizer=optimizer)
+    while step < steps and not run.stopped:
+        seed_step(cfg.seed, step, here.rank)
+        images, aspect = batches[step]
+        clean = clean_views(images, cfg, aspect)
+        view1, view2 = corrupt(clean, cfg)
+        targets = map(normalize, clean) if cfg.restore == "clean" else ()
+        with autocast(here.device, cfg.amp):
+            losses = net(view1, view2, *targets)
+        losses["loss"].backward()
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_lr(step, steps, warmup, peak)
+        optimizer.step()
+        optimizer.zero_grad()
+        if cfg.lam_c > 0 and cfg.keys == "momentum":
+            m = 1 - (1 - cfg.momentum) * (1 + math.cos(math.pi * step / steps)) / 2  # rises to 1, MoCo v3's way
+            ema(model.f_xi, model.encoder, m)  # average ← m·average + (1 - m)·model
+            ema(model.g_xi, model.g, m)
+
+        step += 1
+        run.log(step, losses, optimizer.param_groups[0]["lr"])
+        run.save(step, data, test, model=model, optimizer=optimizer)
+    return run.finish()
+
+
+# Parts. K heads, each d = D/K wide, q, k, v theirs; width is the decoder's.
+
+def ema(average, model, m):
+    """average ← m·average + (1 - m)·model, weight by weight, for two networks of the same shape."""
+    torch.optim.swa_utils.get_ema_multi_avg_fn(m)(list(average.parameters()), list(model.parameters()), None)
 
 
 class Gather(torch.autograd.Function):
@@ -286,64 +347,120 @@ def gather(z):
     return Gather.apply(z) if dist.is_initialized() else z
 
 
-# Masking: uniform, as in MAE
-
-def random_mask(B, blocks, ratio, device=None):
-    """Which of blocks×blocks are masked: bool (B, blocks, blocks), as many in each image, uniform over places."""
-    order = torch.rand(B, blocks * blocks, device=device).argsort(1)                        # a permutation of each row
-    return (order < round(ratio * blocks ** 2)).unflatten(1, (blocks, blocks))
+def patchify(x, p):
+    """Images (B, 3, H, W) → patches (B, N, P), P = 3·p·p ordered (channel, row, column): PixelShuffle undone."""
+    return F.pixel_unshuffle(x, p).flatten(2).mT
 
 
-def visible_first(mask):
-    """The patches of each image in order, the visible ones before the masked ones: mask (B, N) → ids (B, N)."""
-    return mask.int().argsort(dim=1, stable=True)
+def unpatchify(x, p):
+    """Patches (B, N, P) of a square image → (B, 3, H, W), by PixelShuffle."""
+    return F.pixel_shuffle(x.mT.unflatten(2, (math.isqrt(x.shape[1]), -1)), p)
 
 
-def take(x, ids):
-    """The tokens `ids` (B, V) of x (B, N, D): (B, V, D)."""
-    return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[2]))
+def normalize_patches(patches):
+    """Each patch of (B, N, P) to mean 0 and standard deviation 1, as in MAE."""
+    return (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
 
 
-# Model
+def denormalize_patches(pred, patches):
+    """Gives predicted normalised patches (B, N, P) the mean and deviation that the true `patches` have."""
+    return pred * (patches.var(2, keepdim=True) + 1e-6).sqrt() + patches.mean(2, keepdim=True)
+
+
+def sincos_pos_embed(dim, grid):
+    """Fixed sine-cosine positions of grid×grid patches, (1, N, D): half of D for the row, half for the column."""
+    omega = 10000 ** -(torch.arange(dim // 4) / (dim // 4))
+    angle = torch.arange(grid)[:, None] * omega  # (grid, D/4)
+    one = torch.cat([angle.sin(), angle.cos()], 1)  # (grid, D/2)
+    rows, columns = one[:, None].expand(grid, grid, -1), one[None].expand(grid, grid, -1)
+    return torch.cat([rows, columns], 2).reshape(1, grid * grid, dim)
+
+
+def init_weights(module):
+    """Xavier-uniform weights and zero biases, as in MAE; a patch embedding counts as a linear layer."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.xavier_uniform_(module.weight.data.flatten(1))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def mlp(dim, hidden, out):
+    """Two layers with GELU between, each token on its own; parts named as in timm."""
+    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, out)))
+
+
+def attend(q, k, v):
+    """softmax(q·kᵀ/√d)·v of each head, (B, K, N, d) each → (B, K, N, d). On CPUs always in float32: the backward of
+    attention in bfloat16 is several times slower there."""
+    if q.device.type == "cpu":
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, N, D) → (B, N, D)."""
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, N, d) each
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, (B, N, D) → (B, N, D)."""
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = mlp(dim, 4 * dim, dim)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
 
 class Encoder(nn.Module):
-    """A ViT with class token; its state dict loads into timm's ViT of the same size without renaming."""
+    """A ViT with class token; its state dict loads into timm's ViT of the same size without renaming. An image's vector
+    is the mean of its patches' tokens (pool "mean") or the class token ("cls")."""
     def __init__(self, cfg, pool="mean"):
         super().__init__()
         self.pool = pool
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, cfg.dim, cfg.patch, cfg.patch)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.dim))
         pos_embed = sincos_pos_embed(cfg.dim, cfg.img // cfg.patch)
-        self.register_buffer("pos_embed", F.pad(pos_embed, (0, 0, 1, 0)))                   # 0 for the class token
+        self.register_buffer("pos_embed", F.pad(pos_embed, (0, 0, 1, 0)))  # 0 for the class token
         self.blocks = nn.ModuleList(Block(cfg.dim, cfg.heads) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.dim, eps=1e-6)
-        self.apply(init_weights)                                                            # Xavier, as in MAE
+        self.apply(init_weights)
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def embed(self, x, visible=None):
-        """(B, 3, H, W), and which patches are visible (B, V) if not all → the last block's input (B, 1 + V, D)."""
-        x = self.patch_embed(x).flatten(2).mT + self.pos_embed[:, 1:]                       # (B, N, D)
-        x = x if visible is None else take(x, visible)                                      # (B, V, D)
-        x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)            # (B, 1 + V, D)
-        for block in self.blocks[:-1]:
-            x = block(x)
-        return x
-
     def forward(self, x, visible=None):
-        return self.norm(self.blocks[-1](self.embed(x, visible)))                           # (B, 1 + V, D)
+        """Images (B, 3, H, W), of which the patches `visible` (B, V) are seen, all N if None → (B, 1 + V, D), class
+        token first."""
+        x = self.patch_embed(x).flatten(2).mT + self.pos_embed[:, 1:]  # (B, N, D)
+        x = x if visible is None else take(x, visible)  # (B, V, D)
+        x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)  # (B, 1 + V, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
 
     def vector(self, z):
-        """One vector (B, D) for the tokens (B, 1 + V, D) of an image: what is contrasted, and the features."""
+        """One vector (B, D) for the tokens (B, 1 + V, D) of an image."""
         return z[:, 1:].float().mean(1) if self.pool == "mean" else z[:, 0].float()
 
-    def features(self, x):
-        return self.vector(self(x))
+    def tokens(self, x):
+        """The patches' tokens of whole images, (B, 3, H, W) → (B, N, D)."""
+        return self(x)[:, 1:]
 
-    def attention(self, x):
-        """How the class token attends to the patches in the last block, (B, 3, H, W) → (B, K, N)."""
-        block = self.blocks[-1]
-        q, k, _ = block.attn.split(block.norm1(self.embed(x)))
-        return attend(q, k, slice(1))[:, :, 1:]
+    def features(self, x):
+        """One vector for each whole image, (B, 3, H, W) → (B, D)."""
+        return self.vector(self(x))
 
 
 class Decoder(nn.Module):
@@ -360,183 +477,11 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, z, visible):
-        cls, tokens = self.embed(z).split([1, visible.shape[1]], 1)                         # (B, V, width)
+        cls, tokens = self.embed(z).split([1, visible.shape[1]], 1)  # (B, V, width)
         x = self.mask_token.to(tokens.dtype).expand(len(z), self.pos_embed.shape[1] - 1, -1)  # (B, N, width)
-        x = x.scatter(1, visible[:, :, None].expand_as(tokens), tokens)                     # each token to its place
-        x = torch.cat([cls, x], 1) + self.pos_embed                                         # (B, 1 + N, width)
-        return self.pred(self.norm(self.blocks(x)))[:, 1:]                                  # (B, N, P)
-
-
-class Bank(nn.Module):
-    """The keys of earlier steps, (M, width), first in, first out; random unit vectors until the first M have come."""
-    def __init__(self, M, width):
-        super().__init__()
-        self.register_buffer("keys", F.normalize(torch.randn(M, width), dim=1))
-        self.register_buffer("pushed", torch.zeros((), dtype=torch.long))                   # how many have come
-
-    @torch.no_grad()
-    def push(self, k):
-        """Puts keys (n, any width) in the place of the n oldest; of more than M the last M stay."""
-        M = len(self.keys)
-        if M > 0:
-            k = F.normalize(k[-M:].float(), dim=1)
-            self.keys.index_copy_(0, (self.pushed + torch.arange(len(k), device=k.device)) % M, k)
-            self.pushed.add_(len(k))
-
-
-class MACRL(nn.Module):
-    """The siamese network, "encoder-decoder structure in both branches", and its losses."""
-    def __init__(self, cfg):
-        super().__init__()
-        self.cfg, self.grid = cfg, cfg.img // cfg.patch
-        self.encoder = Encoder(cfg, cfg.pool)                                               # f
-        self.decoder_s, self.decoder_w = (
-            Decoder(cfg.dim, self.grid, 3 * cfg.patch ** 2, cfg.decoder_dim,
-                    [Block(cfg.decoder_dim, cfg.decoder_heads) for _ in range(cfg.decoder_depth)]) for _ in range(2))
-        self.g = mlp(cfg.dim, cfg.hidden, cfg.out_dim).apply(init_weights)
-        if cfg.keys == "momentum":
-            self.f_xi = copy.deepcopy(self.encoder).requires_grad_(False)
-            self.g_xi = copy.deepcopy(self.g).requires_grad_(False)
-        self.bank = Bank(cfg.bank, cfg.out_dim)
-        self.restored = ("reconstruction\n(each patch given its\ntrue mean and contrast)" if cfg.norm_pixels else
-                         "reconstruction")  # its label in pictures
-
-    def forward(self, view1, view2, target1=None, target2=None):
-        """Normalised views of branch s and w, and what they are to be restored to, themselves if None: (B, 3, H, W) →
-        {"loss", "contrast", "reconstruction": the mean of "reconstruction s" and "reconstruction w"}. Fills the bank.
-        """
-        cfg = self.cfg
-        mask_s, _, z_s, y_s = self.branch(view1, "s")                                       # "higher mask ratio"
-        mask_w, visible_w, z_w, y_w = self.branch(view2, "w")                               # "weaker"
-
-        q = gather(self.g(self.encoder.vector(z_s)))                                        # (world·B, out)
-        if cfg.keys == "momentum":
-            with torch.no_grad():
-                k = gather(self.g_xi(self.f_xi.vector(self.f_xi(view2, visible_w))))        # (world·B, out)
-        else:
-            k = gather(self.g(self.encoder.vector(z_w)))                                    # (world·B, out)
-        L_c = info_nce_loss(q, k, self.bank.keys, cfg.tau)                    # "the encoder in both branches"
-        self.bank.push(k)
-
-        L_s = self.restoration(y_s, view1 if target1 is None else target1, mask_s)
-        L_w = self.restoration(y_w, view2 if target2 is None else target2, mask_w)
-        L_r = (L_s + L_w) / 2                                                               # "the decoders' outputs"
-        return {"loss": cfg.lam_c * L_c + cfg.lam_r * L_r, "contrast": L_c, "reconstruction": L_r,
-                "reconstruction s": L_s, "reconstruction w": L_w}
-
-    def branch(self, x, name):
-        """Branch "s" or "w" of views (B, 3, H, W): their mask (B, N), visible patches (B, V), the encoder's tokens
-        (B, 1 + V, D), and all patches as the decoder restores them (B, N, P)."""
-        ratio, decoder = {"s": (self.cfg.mask, self.decoder_s), "w": (self.cfg.mask_w, self.decoder_w)}[name]
-        mask = random_mask(len(x), self.grid, ratio, x.device).flatten(1)                   # (B, N)
-        visible = visible_first(mask)[:, :self.grid ** 2 - round(ratio * self.grid ** 2)]   # (B, V)
-        z = self.encoder(x, visible)                                                        # (B, 1 + V, D)
-        return mask, visible, z, decoder(z, visible)
-
-    def restoration(self, y, target, mask):
-        """The L1 loss of restored patches (B, N, P), targets (B, 3, H, W), mask (B, N), as the flags have it."""
-        patches = patchify(target, self.cfg.patch)                                          # (B, N, P)
-        patches = normalize_patches(patches) if self.cfg.norm_pixels else patches
-        return reconstruction_loss(y, patches, mask if self.cfg.pixels == "masked" else torch.ones_like(mask))
-
-    @torch.no_grad()
-    def reconstruct(self, x, branch="s", target=None):
-        """Normalised images (B, 3, H, W) → (masked input, prediction) of a branch, both normalised images.
-
-        Visible patches that the loss leaves out (--pixels masked) are shown as they are. With --norm-pixels each
-        patch gets the mean and deviation that it has in `target`, the images themselves if None.
-        """
-        cfg, patches = self.cfg, patchify(x, self.cfg.patch)                                # (B, N, P)
-        mask, _, _, y = self.branch(x, branch)
-        y = y.float()
-        if cfg.norm_pixels:
-            true = patches if target is None else patchify(target, cfg.patch)
-            y = y * (true.var(2, keepdim=True) + 1e-6).sqrt() + true.mean(2, keepdim=True)
-        shown = torch.where(mask[:, :, None], y, patches) if cfg.pixels == "masked" else y
-        return unpatchify(patches.masked_fill(mask[:, :, None], 0), cfg.patch), unpatchify(shown, cfg.patch)
-
-
-# Loss
-
-def normalize_patches(patches):
-    """Each patch of (B, N, P) to mean 0 and standard deviation 1, as in MAE."""
-    return (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
-
-
-def reconstruction_loss(pred, target, mask):
-    """Mean absolute error of (B, N, P) over the patches where mask (B, N) is 1; 0 where none is."""
-    error = (pred.float() - target.float()).abs().mean(2)                                   # (B, N)
-    return (error * mask).sum() / mask.sum().clamp(min=1)
-
-
-def info_nce_loss(q, k, bank, tau):
-    """InfoNCE of q[i] and its positive k[i] against all other k, (B, any width), and the bank (M, the same width);
-    mean over i. With M = 0 the batch alone."""
-    with torch.autocast(q.device.type, enabled=False):
-        keys = torch.cat([F.normalize(k.float(), dim=1), F.normalize(bank.float(), dim=1)])  # (B + M, width)
-        logits = F.normalize(q.float(), dim=1) @ keys.mT / tau                              # (B, B + M)
-        return F.cross_entropy(logits, torch.arange(len(q), device=q.device))
-
-
-# Views, "stronger data augmentation" in branch s
-
-def clean_views(images, cfg):
-    """Images (B, 3, S, S), uint8 or 0…1 → a crop of each for branch s and one for w, flipped or not, 0…1 (B, 3, img,
-    img)."""
-    return tuple(random_hflip(random_resized_crop(images, cfg.img, (least, 1.0))) for least in
-                 (cfg.crop_min_s, cfg.crop_min_w))
-
-
-def corrupt(clean, cfg):
-    """x_s and x_w: the two of clean_views with their colours changed, normalised (B, 3, img, img)."""
-    chances = (cfg.jitter_s, cfg.gray_s, cfg.blur_s), (cfg.jitter_w, cfg.gray_w, cfg.blur_w)
-    return tuple(normalize(gaussian_blur(random_grayscale(color_jitter(x, p=jitter), gray), blur))
-                 for x, (jitter, gray, blur) in zip(clean, chances))
-
-
-def views(images, cfg):
-    """uint8 images (B, 3, S, S) → the views of branch s and branch w, normalised (B, 3, img, img)."""
-    return corrupt(clean_views(images, cfg), cfg)
-
-
-def train(cfg):
-    """Trains as `cfg` says; returns the run's folder. Raises UserError, FloatingPointError, SystemExit on a signal."""
-    here = start_processes(cfg.device)
-    data = load_images(cfg.data, "train", cfg.img, cfg.root, cfg.workers, cfg.seed)
-    test = load_images(cfg.data, "test", cfg.img, cfg.root, cfg.workers, cfg.seed)
-    batches = Batches(data[0], cfg.batch, cfg.seed, here)
-
-    torch.manual_seed(cfg.seed)
-    model = MACRL(cfg).to(here.device)
-    net = DistributedDataParallel(model) if here.world > 1 else model
-    net = torch.compile(net) if cfg.compile else net
-    peak = cfg.lr * cfg.batch * here.world / 256                                            # MAE's rule
-    optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, betas=(0.9, 0.95), fused=True)  # MAE's
-    steps, warmup = cfg.epochs * len(batches), cfg.warmup * len(batches)
-
-    run = Run("macrl", cfg, here, len(batches))
-    step = run.resume(model=model, optimizer=optimizer)
-    while step < steps and not run.stopped:
-        seed_step(cfg.seed, step, here.rank)
-        clean = clean_views(batches[step], cfg)
-        view1, view2 = corrupt(clean, cfg)
-        targets = map(normalize, clean) if cfg.restore == "clean" else ()
-        with autocast(here.device, cfg.amp):
-            losses = net(view1, view2, *targets)
-        losses["loss"].backward()
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(step, steps, warmup, peak)
-        optimizer.step()
-        optimizer.zero_grad()
-        if cfg.keys == "momentum":                                                          # f_ξ, g_ξ follow f, g
-            m = 1 - (1 - cfg.momentum) * (1 + math.cos(math.pi * step / steps)) / 2         # MoCo v3's, up to 1
-            get_ema_multi_avg_fn(m)([*model.f_xi.parameters(), *model.g_xi.parameters()],
-                                    [*model.encoder.parameters(), *model.g.parameters()], None)
-
-        step += 1
-        run.log(step, losses, optimizer.param_groups[0]["lr"])
-        run.save(step, data, test, model=model, optimizer=optimizer)
-    return run.finish()
+        x = x.scatter(1, visible[:, :, None].expand_as(tokens), tokens)  # each token to its place
+        x = torch.cat([cls, x], 1) + self.pos_embed  # (B, 1 + N, width)
+        return self.pred(self.norm(self.blocks(x)))[:, 1:]  # (B, N, P)
 
 
 def main(argv=None):

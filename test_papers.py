@@ -1,6 +1,6 @@
 """The papers' tests: each method's formulas against loops written from the paper, and what only this method has."""
 import ast, contextlib, copy, csv, dataclasses, math, re, sys, time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import replace
 
 import pytest
@@ -945,6 +945,14 @@ def test_bank_is_first_in_first_out_and_wraps_around():
     macrl.Bank(0, 3).push(rows)
 
 
+def test_the_bank_runs_where_only_torch_is():
+    names = {"torch": torch, "nn": torch.nn, "F": F}
+    exec(source("macrl", "Bank"), names)
+    bank, k = names["Bank"](4, 3), normal(2, 3)
+    bank.push(k)
+    assert bank.pushed == 2 and torch.allclose(bank.keys[:2], F.normalize(k, dim=1))
+
+
 @pytest.mark.parametrize("change", [{}, {"keys": "shared"}, {"pool": "cls"}, {"pixels": "all"}, {"norm_pixels": True},
                                     {"lam_c": 0.5, "lam_r": 2.0}])
 def test_forward_of_macrl(change):
@@ -962,7 +970,7 @@ def test_forward_of_macrl(change):
     L1, vectors = [], []
     for view, target, ratio, decoder in ((view1, target1, 0.75, model.decoder_s),
                                          (view2, target2, 0.5, model.decoder_w)):
-        mask = macrl.random_mask(6, 4, ratio).flatten(1)
+        mask = macrl.random_mask(6, 16, ratio)
         assert mask.sum() == 6 * 16 * ratio
         visible = torch.stack([(~row).nonzero().flatten() for row in mask])
         patches = macrl.patchify(target, 4)
@@ -979,6 +987,35 @@ def test_forward_of_macrl(change):
     assert losses["loss"].item() == pytest.approx(cfg.lam_c * L_c + cfg.lam_r * sum(L1) / 2, rel=1e-5)
     assert torch.allclose(model.bank.keys[:6], F.normalize(k, dim=1), atol=1e-6)
     assert torch.equal(model.bank.keys[6:], bank[6:])
+
+
+@pytest.mark.parametrize("change, calls, terms", [
+    ({}, {"encoder": 2, "g": 1, "f_xi": 1, "g_xi": 1, "decoder_s": 1, "decoder_w": 1}, 5),
+    ({"keys": "shared"}, {"encoder": 2, "g": 2, "decoder_s": 1, "decoder_w": 1}, 5),
+    ({"lam_c": 0.0}, {"encoder": 2, "decoder_s": 1, "decoder_w": 1}, 4),
+    ({"lam_c": 0.0, "keys": "shared"}, {"encoder": 2, "decoder_s": 1, "decoder_w": 1}, 4),
+    ({"lam_r": 0.0}, {"encoder": 1, "g": 1, "f_xi": 1, "g_xi": 1}, 2),
+    ({"lam_r": 0.0, "keys": "shared"}, {"encoder": 2, "g": 2}, 2)])
+def test_what_a_weight_of_0_leaves_out_of_macrl_is_not_computed(change, calls, terms):
+    cfg = replace(SMALL["macrl"], **change)
+    model, whole, counts = build(cfg), build(replace(cfg, lam_c=1.0, lam_r=1.0)), Counter()
+    for name, part in model.named_children():
+        part.register_forward_hook(lambda *_, name=name: counts.update([name]))
+    bank = model.bank.keys.clone()
+    results = []
+    for network in (model, whole):
+        torch.manual_seed(5)
+        results.append(network(normal(6, 3, 16, 16), normal(6, 3, 16, 16, seed=1)))
+    losses, full = results
+    assert counts == calls and len(losses) == terms
+    for name in losses.keys() - {"loss"}:
+        assert torch.equal(losses[name], full[name])  # what remains is as it was
+    assert model.bank.pushed == (6 if "contrast" in losses else 0)
+    assert torch.equal(model.bank.keys, bank) == ("contrast" not in losses)
+    losses["loss"].backward()  # what is trained has a gradient, or DistributedDataParallel would wait for it
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert trained == {name for name, weight in model.named_parameters() if weight.grad is not None}
+    assert {name.split(".")[0] for name in trained} == calls.keys() - {"f_xi", "g_xi"}
 
 
 def test_a_view_is_its_own_target_unless_another_is_given():
@@ -1035,6 +1072,16 @@ def test_branch_s_is_corrupted_more_and_the_targets_are_not():
         assert (crops[0] - crops[1]).abs().mean() > 0.05
 
 
+@pytest.mark.parametrize("make", [macrl.clean_views, macrl.views])
+def test_both_branches_of_macrl_crop_in_true_proportions(make):
+    given, plain = [], dict.fromkeys(["jitter_s", "jitter_w", "gray_s"], 0.0)
+    for aspect in (None, torch.ones(8), torch.full((8,), 4.0)):
+        torch.manual_seed(0)
+        given.append(make((255 * normal(8, 3, 64, 64).sigmoid()).byte(), replace(SMALL["macrl"], **plain), aspect))
+    for square, ones, wide in zip(*given):
+        assert torch.equal(square, ones) and all((square - wide).abs().amax((1, 2, 3)) > 1e-3)
+
+
 @pytest.mark.parametrize("change", [{}, {"pixels": "all"}, {"norm_pixels": True}])
 def test_reconstruct_shows_either_branch(change):
     model, x, target = build(replace(SMALL["macrl"], **change)), normal(4, 3, 16, 16), normal(4, 3, 16, 16, seed=1)
@@ -1059,6 +1106,14 @@ def test_momentum_networks_of_macrl_begin_as_copies():
     for one, average in ((model.encoder, model.f_xi), (model.g, model.g_xi)):
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), average.parameters()))
         assert not any(p.requires_grad for p in average.parameters())
+
+
+@pytest.mark.parametrize("lam_c", [0.0, 1.0])
+def test_averages_of_macrl_move_only_where_there_is_contrast(few, tmp_path, lam_c, monkeypatch):
+    moved = []
+    monkeypatch.setattr(macrl, "ema", lambda average, model, m: moved.append(type(average)))
+    macrl.train(replace(SMALL["macrl"], epochs=1, warmup=0, lam_c=lam_c, out=str(tmp_path / "run")))
+    assert moved == [macrl.Encoder, torch.nn.Sequential] * (2 if lam_c > 0 else 0)         # in each of two steps
 
 
 @pytest.mark.parametrize("restore", ["clean", "view"])

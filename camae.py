@@ -39,8 +39,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (Batches, Run, autocast, check, check_above, check_config, check_least, check_share, color_jitter,
-                    cosine_lr, gaussian_blur, init_encoders, launch, load_data, normalize, param_groups,
+from common import (Batches, Run, autocast, check, check_above, check_config, check_least, check_mask, check_share,
+                    color_jitter, cosine_lr, gaussian_blur, init_encoders, launch, load_data, normalize, param_groups,
                     random_grayscale, random_hflip, random_resized_crop, recompute, schedule, seed_step,
                     start_processes)
 
@@ -102,6 +102,7 @@ class Config:
 
     def __post_init__(self):
         check_config(self)
+        check_mask(self)
         check(self.contrast or self.mim, "--no-contrast", "--no-mim", "leave nothing to learn")
         check(not self.contrast or self.batch >= 2, "--batch", self.batch,
               "must be at least 2, or there are no negatives")
@@ -308,7 +309,7 @@ def train(cfg):
     by_heads = cfg.mim and cfg.mask_by != "random"
     heads = range(1, cfg.heads + 1) if by_heads else ()
     columns = [f"{name} of head {m}" for name in ("loss", "p") for m in heads] + ["heads in play"] * by_heads
-    run = Run("camae", cfg, here, len(batches), ["knn", *columns])
+    run = Run("camae", cfg, here, len(batches), ["knn", "rank", *columns])
     step = run.resume(model=model, optimizer=optimizer, plb=plb)
     drawn = plb.draw(len(batches), cfg.seed, step // len(batches))  # the epoch's heads, one for each step
     while step < steps and not run.stopped:

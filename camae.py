@@ -17,9 +17,9 @@ One training step on B images of N patches, K heads (the paper's M), P the numbe
     f_xi, g_xi ← momentum·(f_xi, g_xi) + (1 - momentum)·(f, g)   # Figure 1
     after each epoch: p moves towards softmax(L_m of each head)  # Eq. 4     (K,)
 
-What may change the result, because the paper does not say it or says it twice: the scale of L_m in Eq. 4 (--plb-loss:
-by the mean p stays nearly even), momentum (--momentum), whether the patch embedding is frozen (--freeze-patch), whether
-pixels are normalised (--norm-pixels), whose attention masks (f's class token's), how much crops and colours change.
+What may change the result, because the paper leaves it open: the scale of L_m in Eq. 4 (--plb-loss; by the mean p stays
+nearly even), momentum (--momentum), whether the patch embedding is frozen (--freeze-patch), whether pixels are
+normalised (--norm-pixels), whose attention masks (f's class token's), crops and colours (--crop-min --jitter …), --lr.
 
     torchrun --nproc-per-node 8 camae.py --data PATH         the paper's experiment, on ImageNet
     python camae.py --tiny --data shapes                     a first look on a laptop

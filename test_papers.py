@@ -786,6 +786,18 @@ def test_plb_update_is_equation_4_for_losses_of_any_size():
     assert huge.tolist() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("plb_loss", ["mean", "patches", "sum"])
+def test_plb_sees_equation_2_at_the_scale_of_its_flag(plb_loss):
+    cfg = replace(SMALL["camae"], plb_loss=plb_loss, mask=0.25)
+    y, x, mask = normal(3, 16, 48), normal(3, 16, 48, seed=1), camae.random_mask(3, 16, 0.25)
+    total = []
+    for i in range(3):
+        patches = [[(x[i, h, c] - y[i, h, c]).item() ** 2 for c in range(48)] for h in range(16) if mask[i, h]]
+        pixels = sum if plb_loss == "sum" else lambda errors: sum(errors) / 48
+        total.append(sum(map(pixels, patches)) / (4 if plb_loss == "mean" else 1))
+    assert camae.plb_scale(cfg) * camae.masked_mse(y, x, mask).item() == pytest.approx(sum(total) / 3, rel=1e-5)
+
+
 def test_plb_gathers_an_epoch_and_an_undrawn_head_keeps_its_loss():
     plb = camae.PLB(3)
     for m, loss in ((0, 0.2), (2, 0.5), (0, 0.4)):
@@ -799,31 +811,49 @@ def test_plb_gathers_an_epoch_and_an_undrawn_head_keeps_its_loss():
     assert torch.allclose(plb.p, camae.plb_update(first, torch.tensor([0.3, 0.1, 0.5]), 0.99, 0.2))
 
 
+def test_heads_in_play_are_the_exponential_of_the_entropy():
+    plb = camae.PLB(3)
+    for p, heads in (([1 / 3] * 3, 3), ([0.5, 0.0, 0.5], 2), ([0.0, 1.0, 0.0], 1),
+                     ([0.7, 0.2, 0.1], math.exp(-sum(q * math.log(q) for q in (0.7, 0.2, 0.1))))):
+        plb.p.copy_(torch.tensor(p))
+        assert plb.heads_in_play().item() == pytest.approx(heads, rel=1e-5)
+
+
 def test_heads_are_drawn_by_p_and_by_seed_and_epoch():
     plb = camae.PLB(3)
     plb.p.copy_(torch.tensor([0.2, 0.7, 0.1]))
     drawn = plb.draw(5000, 0, 3)
     assert torch.equal(drawn, plb.draw(5000, 0, 3)) and not torch.equal(drawn, plb.draw(5000, 0, 4))
     assert (drawn.bincount(minlength=3) / 5000 - plb.p).abs().max() < 0.03
+    batches = common.Batches((torch.zeros(8, 3, 4, 4, dtype=torch.uint8), torch.zeros(8), torch.ones(8)), 8, 5,
+                             common.start_processes("cpu"))
+    shuffle = torch.Generator().manual_seed(5 * 1_000_003 + 3)
+    assert torch.equal(batches.ids(3), torch.randperm(8, generator=shuffle))  # the seed of the images' order is another
+    shuffle.manual_seed(5 * 1_000_003 + 3)
+    assert not torch.equal(plb.draw(5000, 5, 3), plb.p.multinomial(5000, replacement=True, generator=shuffle))
 
 
-def test_attention_of_the_contrastive_pass_is_attention_in_full():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_of_the_contrastive_pass_is_attention_in_full(autocast):
     model, x = build(SMALL["camae"]), normal(2, 3, 16, 16)
-    tokens, attention = camae.encode(model.encoder, x)
-    assert torch.allclose(tokens, model.encoder(x), atol=1e-6) and not attention.requires_grad
-    block, before = model.encoder.blocks[-1], model.encoder.embed(x)
-    q, k = block.attn.qkv(block.norm1(before)).unflatten(2, (3, 3, 16)).unbind(2)[:2]      # (B, 1 + N, K, D/K)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        tokens, before = model.encoder(x, inside=True)
+        block = model.encoder.blocks[-1]
+        assert torch.equal(tokens, model.encoder(x)) and torch.equal(tokens, model.encoder.norm(block(before)))
+        q, k = block.attn.qkv(block.norm1(before)).unflatten(2, (3, 3, 16)).float().unbind(2)[:2]  # (B, 1 + N, K, D/K)
+        attention = camae.class_attention(block, before)
+        assert attention.dtype == torch.float32 and torch.equal(attention, model.encoder.attention(x))
     for head in range(3):
         full = torch.softmax(q[:, :, head] @ k[:, :, head].transpose(1, 2) / 4, 2)         # (B, 1 + N, 1 + N)
         assert torch.allclose(attention[:, head], full[:, 0, 1:], atol=1e-6)
 
 
 @pytest.mark.parametrize("change", [{}, {"mask_by": "random"}, {"contrast": False}, {"norm_pixels": True},
-                                    {"contrast": False, "mask_by": "random"}])
+                                    {"contrast": False, "mask_by": "random"}, {"mim": False}, {"plb_loss": "sum"}])
 def test_forward_is_section_iii(change):
     cfg = replace(SMALL["camae"], **change)
     model, view1, view2, m = build(cfg), normal(6, 3, 16, 16), normal(6, 3, 16, 16, seed=1), torch.tensor([1])
-    L_c = 0
+    L_c = L_m = torch.zeros(())
     if cfg.contrast:
         with torch.no_grad():
             model.f_xi.norm.weight.add_(0.1)  # so that the networks differ
@@ -832,18 +862,19 @@ def test_forward_is_section_iii(change):
         k1, k2 = (model.g_xi(model.f_xi(x)[:, 0]) for x in (view1, view2))
         L_c = 0.5 * camae.info_nce_loss(z1, k2, cfg.tau) + 0.5 * camae.info_nce_loss(z2, k1, cfg.tau)  # Eq. 1
     torch.manual_seed(5)
-    losses = model(view1, view2, m)
+    losses = {name: value.item() for name, value in model(view1, view2, m).items()}
     torch.manual_seed(5)
-    mask = camae.random_mask(6, 4, 0.75).flatten(1)
+    mask = camae.random_mask(6, 16, 0.75)
     if cfg.mask_by != "random":
         mask = camae.idm_mask(model.encoder.attention(view1)[:, 1], 0.75)                  # Eq. 3
     visible = torch.stack([(~row).nonzero().flatten() for row in mask])
     target = camae.patchify(view1, 4)
     target = camae.normalize_patches(target) if cfg.norm_pixels else target
-    L_m = (model.decoder(model.encoder(view1, visible), visible) - target).square()[mask].mean()  # Eq. 2
-    assert losses["reconstruction"].item() == pytest.approx(L_m.item(), rel=1e-5)
-    assert losses["loss"].item() == pytest.approx((L_c + L_m).item(), rel=1e-5)            # Eq. 6
-    assert ("contrast" in losses) == cfg.contrast
+    if cfg.mim:
+        L_m = (model.decoder(model.encoder(view1, visible), visible) - target).square()[mask].mean()  # Eq. 2
+    for name, value, there in (("contrast", L_c, cfg.contrast), ("reconstruction", L_m, cfg.mim),
+                               ("loss", L_c + L_m, True)):                                 # Eq. 6
+        assert (name in losses) == there and losses.get(name, 0) == pytest.approx(value.item(), rel=1e-5), name
     assert torch.allclose(model.encoder.features(view1), model.encoder(view1)[:, 0])
 
 
@@ -857,16 +888,23 @@ def test_mask_of_a_reconstruction_is_made_as_in_training():
     assert torch.equal((masked == 0).all(1), macrl.unpatchify(mask[:, :, None].expand(-1, -1, 48), 4).bool()[:, 0])
 
 
-def test_gradients_are_whole_after_an_attention_without_them():
-    """autocast caches weights: those cast for the mask must not serve the loss."""
-    model, x = build(replace(SMALL["camae"], contrast=False, mask_by="idm")), normal(6, 3, 16, 16)
+@pytest.mark.parametrize("change", [{"contrast": False}, {"mim": False}, {"mim": False, "freeze_patch": True}])
+def test_what_is_left_out_is_frozen_and_not_computed(change, monkeypatch):
+    """autocast caches weights: those cast for the mask without a gradient must not serve the loss."""
+    cfg = replace(SMALL["camae"], mask_by="idm", **change)
+    model, x = build(cfg), normal(6, 3, 16, 16)
+    for part in ("g_theta", "f_xi", "g_xi") if not cfg.contrast else ("decoder",):
+        monkeypatch.setattr(getattr(model, part), "forward", None)  # a call of it would raise
+    frozen = {"f_xi", "g_xi"} | (set() if cfg.contrast else {"g_theta"}) | (set() if cfg.mim else {"decoder"})
     with torch.autocast("cpu", torch.bfloat16):
-        loss = model(x, x)["loss"]
+        loss = model(x, x.flip(3))["loss"]
     loss.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    for name, p in model.named_parameters():
+        still = name.split(".")[0] in frozen or name.startswith("encoder.patch_embed") and cfg.freeze_patch
+        assert p.requires_grad == (not still) and (p.grad is None if still else p.grad.abs().sum() > 0), name
 
 
-def test_views_of_camae_are_changed_as_often_as_said():
+def test_views_of_camae_are_changed_as_often_as_said(monkeypatch):
     torch.manual_seed(0)
     x, none = (255 * torch.rand(300, 3, 16, 16)).byte(), {"jitter": 0.0, "gray": 0.0, "blur": 0.0, "crop_min": 1.0}
     for name, p in {"jitter": 0.6, "gray": 0.6, "blur": 0.6}.items():
@@ -878,6 +916,10 @@ def test_views_of_camae_are_changed_as_often_as_said():
         assert changed == pytest.approx(p, abs=0.1), name
     cfg = replace(SMALL["camae"], contrast=False)
     assert torch.equal(*camae.views(x, cfg)) and not torch.equal(*camae.views(x, SMALL["camae"]))
+    aspect, crop, told = torch.linspace(0.5, 2, 300), camae.random_resized_crop, []
+    monkeypatch.setattr(camae, "random_resized_crop", lambda *args, aspect: told.append(aspect) or crop(*args))
+    camae.views(x, SMALL["camae"], aspect)
+    assert len(told) == 2 and told[0] is told[1] is aspect
 
 
 def test_the_last_norm_of_a_projector_has_no_weights():
@@ -888,24 +930,31 @@ def test_the_last_norm_of_a_projector_has_no_weights():
     assert not projector.eval()(normal(64, 48)[:32]).allclose(z[:32])                       # the batch's own statistics
 
 
-@pytest.mark.parametrize("mask_by", ["idm", "plb"])
-def test_probabilities_and_losses_of_heads_are_logged_each_epoch(few, tmp_path, mask_by, monkeypatch):
+@pytest.mark.parametrize("mask_by, plb_loss", [("idm", "mean"), ("plb", "mean"), ("plb", "patches")])
+def test_probabilities_and_losses_of_heads_are_logged_each_epoch(few, tmp_path, mask_by, plb_loss, monkeypatch):
     note, seen = camae.PLB.note, []
     forward, told = camae.CAMAE.forward, []
+    alone, scale = camae.gather, {"mean": 1, "patches": 12}[plb_loss]  # 12 of 16 patches are masked
 
     def forward_and_tell(model, view1, view2, m=None):
         losses = forward(model, view1, view2, m)
-        told.append((m.item(), losses["reconstruction"].item()))
+        told.append((m.item(), 2 * scale * losses["reconstruction"].item()))
         return losses
 
+    def gather(z):  # the loss of a step as if a second process had three times as much: twice on average
+        return torch.cat([z, 3 * z]) if z.numel() == 1 else alone(z)
+
+    monkeypatch.setattr(camae, "gather", gather)
     monkeypatch.setattr(camae.CAMAE, "forward", forward_and_tell)
     monkeypatch.setattr(camae.PLB, "note", lambda plb, m, loss: seen.append(m.item()) or note(plb, m, loss))
-    out = camae.train(replace(SMALL["camae"], epochs=3, warmup=0, mask_by=mask_by, amp=False, log_every=1,
-                              data="shapes", out=str(tmp_path / "run")))
+    out = camae.train(replace(SMALL["camae"], epochs=3, warmup=0.0, mask_by=mask_by, plb_loss=plb_loss, amp=False,
+                              log_every=1, data="shapes", out=str(tmp_path / "run")))
     rows = [row for row in csv.DictReader(open(out / "metrics.csv")) if row["p of head 1"]]
     p = torch.tensor([[float(row[f"p of head {m}"]) for m in (1, 2, 3)] for row in rows])
     assert [row["epoch"] for row in rows] == ["1", "2", "3"] and torch.allclose(p.sum(1), torch.ones(3))
     assert torch.allclose(p[0], torch.full((3,), 1 / 3))
+    in_play = torch.tensor([float(row["heads in play"]) for row in rows])
+    assert torch.allclose(in_play, torch.exp(-(p * p.log()).sum(1)), rtol=1e-4)
     plb = common.load_checkpoint(out)["plb"]
     losses = torch.tensor([[float(row[f"loss of head {m}"]) for m in (1, 2, 3)] for row in rows])
     assert [m for m, _ in told] == seen
@@ -916,12 +965,23 @@ def test_probabilities_and_losses_of_heads_are_logged_each_epoch(few, tmp_path, 
     if mask_by == "idm":
         assert torch.allclose(p, torch.full((3, 3), 1 / 3)) and torch.allclose(plb["p"], p[0])
         assert seen == torch.cat([camae.PLB(3).draw(2, 0, epoch) for epoch in range(3)]).tolist()
-        assert seen[0::2] != seen[1::2]
+        assert len(set(zip(seen[0::2], seen[1::2]))) > 1
     else:
         filled = torch.where(losses.isnan(), losses.nanmean(1, keepdim=True), losses)
         for before, after, L in zip(p, [*p[1:], plb["p"]], filled):
             assert torch.allclose(after, camae.plb_update(before, L, 0.99, 0.2), atol=1e-6)
-    assert Image.open(out / "curves.png").size == (320 * 5, 280 * 2)                       # seven, two for the heads
+
+
+def test_contrast_alone_has_no_heads_to_log(few, tmp_path):
+    with pytest.raises(common.UserError, match="--no-contrast --no-mim: leave nothing"):
+        replace(SMALL["camae"], contrast=False, mim=False)
+    out = camae.train(replace(SMALL["camae"], epochs=1, warmup=0.0, mim=False, freeze_patch=True, data="shapes",
+                              out=str(tmp_path / "run")))
+    row = list(csv.DictReader(open(out / "metrics.csv")))[-1]
+    assert not [name for name in row if "head" in name or name == "reconstruction"] and float(row["contrast"]) > 0
+    before, after = build(SMALL["camae"]).state_dict(), torch.load(out / "encoder.pt", weights_only=True)
+    assert torch.equal(before["encoder.patch_embed.proj.weight"], after["patch_embed.proj.weight"])
+    assert not torch.equal(before["encoder.norm.weight"], after["norm.weight"])
 
 
 # MACRL

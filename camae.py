@@ -89,8 +89,9 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from common import (Batches, Run, autocast, check, check_config, color_jitter, cosine_lr, gaussian_blur, launch,
-                    load_images, normalize, param_groups, random_grayscale, random_hflip, random_resized_crop,
+from common import (Batches, check_mask, init_encoders, load_data, recompute, schedule,
+                     Run, autocast, check, check_config, color_jitter, cosine_lr, gaussian_blur, launch,
+                    normalize, param_groups, random_grayscale, random_hflip, random_resized_crop,
                     seed_step, start_processes)
 
 
@@ -126,16 +127,21 @@ class Config:
     batch: int = 512  # images per step and per process, §IV-A: 4096 on eight GPUs
     lr: float = 1.5e-4  # base learning rate, for a batch of 256; ours: MAE's and MoCo v3's
     wd: float = 0.05  # weight decay; ours: MAE's
-    warmup: int = 40  # epochs of linear warm-up; ours: MAE's and MoCo v3's
+    warmup: float = 40.0  # epochs of linear warm-up; ours: MAE's and MoCo v3's
+    steps: int = 0  # stop after so many steps, the schedule too; 0 for all of --epochs
     # run
     data: str = "cifar10"  # cifar10, cifar100, stl10, tiny-imagenet, shapes, or a folder; ours: §IV-A has ImageNet
+    images: int = 0  # train on so many images, a fixed choice; 0 for all
+    store: int = 0  # side in pixels at which images are kept, squeezed to squares; 0 for 8/7 of --img
     root: str = "data"  # where data sets are downloaded to and decoded; ours
     out: str = ""  # folder of the run, new or empty; ours: runs/camae-DATE-TIME
+    init: str = ""  # begin with the weights of this encoder: a run, its encoder.pt, or a state dict of timm's
     resume: str = ""  # folder of a run to go on with; ours
     seed: int = 0  # of all random numbers; ours
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute; ours
     amp: bool = True  # bfloat16 autocast where the device has it; ours
     compile: bool = False  # torch.compile the model; ours
+    recompute: bool = False  # compute the encoder's blocks a second time in backward: less memory, more time
     workers: int = 0  # threads that decode a folder, 0 for one a core; ours
     log_every: int = 20  # steps between rows of metrics.csv; ours
     knn_every: int = 10  # epochs between kNN checks, 0 for none; ours
@@ -143,9 +149,7 @@ class Config:
 
     def __post_init__(self):
         check_config(self)
-        patches = (self.img // self.patch) ** 2
-        check(0 < self.mask < 1 and 0 < round(self.mask * patches) < patches, "--mask", self.mask,
-              f"must lie between 0 and 1 and leave some of {patches} patches masked and some visible")
+        check_mask(self)
         check(not self.contrast or self.batch >= 2, "--batch", self.batch,
               "must be at least 2, or there are no negatives")
         check(0 < self.tau < math.inf, "--tau", self.tau, "must be above 0")
@@ -155,14 +159,12 @@ class Config:
         check(0 < self.crop_min <= 1, "--crop-min", self.crop_min, "must lie between 0 and 1")
         for name in ("jitter", "gray", "blur"):
             check(0 <= getattr(self, name) <= 1, f"--{name}", getattr(self, name), "is a probability: 0 to 1")
-        for name in ("hidden", "out_dim", "decoder_depth", "decoder_heads"):
+        for name in ("hidden", "out_dim"):
             check(getattr(self, name) >= 1, "--" + name.replace("_", "-"), getattr(self, name), "must be at least 1")
-        check(self.decoder_dim > 0 and self.decoder_dim % (4 * self.decoder_heads) == 0, "--decoder-dim",
-              self.decoder_dim, f"must be a multiple of 4 times --decoder-heads {self.decoder_heads}")
 
 
 TINY = Config(crop_min=0.2, img=32, patch=4, dim=192, depth=4, heads=3, hidden=768, out_dim=64, decoder_depth=2,
-              decoder_dim=96, decoder_heads=3, epochs=8, batch=128, lr=1e-3, warmup=1, knn_every=1, tiny=True)
+              decoder_dim=96, decoder_heads=3, epochs=8, batch=128, lr=1e-3, warmup=1.0, knn_every=1, tiny=True)
 
 
 # Transformer. B batch, N patches, V visible ones, D width, K heads, P = 3·p·p numbers of a patch, p pixels a side
@@ -492,7 +494,7 @@ def info_nce_loss(z, z_prime, tau):
 
 # Views, §III-A
 
-def views(images, cfg):
+def views(images, cfg, aspect=None):
     """uint8 images (B, 3, S, S) → two views by the same law, normalised (B, 3, img, img); one twice, --no-contrast."""
     def view():
         x = random_hflip(random_resized_crop(images, cfg.img, (cfg.crop_min, 1.0)))
@@ -505,26 +507,28 @@ def views(images, cfg):
 def train(cfg):
     """Trains as `cfg` says; returns the run's folder. Raises UserError, FloatingPointError, SystemExit on a signal."""
     here = start_processes(cfg.device)
-    data = load_images(cfg.data, "train", cfg.img, cfg.root, cfg.workers, cfg.seed)
-    test = load_images(cfg.data, "test", cfg.img, cfg.root, cfg.workers, cfg.seed)
-    batches = Batches(data[0], cfg.batch, cfg.seed, here)
+    data, test = load_data(cfg)
+    batches = Batches(data, cfg.batch, cfg.seed, here)
 
     torch.manual_seed(cfg.seed)
     model, plb = CAMAE(cfg).to(here.device), PLB(cfg.heads).to(here.device)
+    init_encoders(model, cfg.init)
+    if cfg.recompute:
+        recompute(model)
     net = DistributedDataParallel(model) if here.world > 1 else model
     net = torch.compile(net) if cfg.compile else net
     peak = cfg.lr * cfg.batch * here.world / 256                                            # §IV-A
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, betas=(0.9, 0.95), fused=True)  # MAE's
-    steps, warmup = cfg.epochs * len(batches), cfg.warmup * len(batches)
+    steps, warmup = schedule(cfg, len(batches))
 
     heads = range(1, cfg.heads + 1) if cfg.mask_by != "random" else ()
     columns = [f"{name} of head {m}" for name in ("loss", "p") for m in heads]
-    run = Run("camae", cfg, here, len(batches), ["knn", *columns])
+    run = Run("camae", cfg, here, len(batches), ["knn", "rank", *columns])
     step = run.resume(model=model, optimizer=optimizer, plb=plb)
     drawn = plb.draw(len(batches), cfg.seed, step // len(batches))                          # the epoch's heads
     while step < steps and not run.stopped:
         seed_step(cfg.seed, step, here.rank)
-        view1, view2 = views(batches[step], cfg)
+        view1, view2 = views(batches[step][0], cfg)
         m = drawn[step % len(batches)].view(1)                                              # Eq. 5
         with autocast(here.device, cfg.amp):
             losses = net(view1, view2, m)

@@ -95,8 +95,9 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from common import (Batches, Run, autocast, check, check_config, cosine_lr, crop_boxes, crop_resize, launch,
-                    load_images, normalize, param_groups, random_hflip, random_resized_crop, resize, seed_step,
+from common import (Batches, check_mask, init_encoders, load_data, recompute, schedule,
+                     Run, autocast, check, check_config, cosine_lr, crop_boxes, crop_resize, launch,
+                    normalize, param_groups, random_hflip, random_resized_crop, resize, seed_step,
                     start_processes)
 
 
@@ -131,16 +132,21 @@ class Config:
     batch: int = 64  # images per step and per process, §4.2
     lr: float = 1e-3  # base learning rate, §4.2; for a batch of 256: ours, MAE's rule
     wd: float = 0.05  # weight decay, §4.2
-    warmup: int = 40  # epochs of linear warm-up; ours: MAE's
+    warmup: float = 40.0  # epochs of linear warm-up; ours: MAE's
+    steps: int = 0  # stop after so many steps, the schedule too; 0 for all of --epochs
     # run
     data: str = "tiny-imagenet"  # cifar10, cifar100, stl10, tiny-imagenet, shapes, or a folder; §4.1
+    images: int = 0  # train on so many images, a fixed choice; 0 for all
+    store: int = 0  # side in pixels at which images are kept, squeezed to squares; 0 for 8/7 of --img
     root: str = "data"  # where data sets are downloaded to and decoded; ours
     out: str = ""  # folder of the run, new or empty; ours: runs/cmae-DATE-TIME
+    init: str = ""  # begin with the weights of this encoder: a run, its encoder.pt, or a state dict of timm's
     resume: str = ""  # folder of a run to go on with; ours
     seed: int = 0  # of all random numbers; ours
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute; ours
     amp: bool = True  # bfloat16 autocast where the device has it; ours
     compile: bool = False  # torch.compile the model; ours
+    recompute: bool = False  # compute the encoder's blocks a second time in backward: less memory, more time
     workers: int = 0  # threads that decode a folder, 0 for one a core; ours
     log_every: int = 20  # steps between rows of metrics.csv; ours
     knn_every: int = 10  # epochs between kNN checks, 0 for none; ours
@@ -148,9 +154,7 @@ class Config:
 
     def __post_init__(self):
         check_config(self)
-        patches = (self.img // self.patch) ** 2
-        check(0 < self.mask < 1 and 0 < round(self.mask * patches) < patches, "--mask", self.mask,
-              f"must lie between 0 and 1 and leave some of {patches} patches masked and some visible")
+        check_mask(self)
         lams = self.lam_ctr, self.lam_loc, self.lam_con
         check(min(lams) >= 0 and 0 < sum(lams) < math.inf, "--lam-ctr, --lam-loc, --lam-con", lams,
               "must not be negative, and not all 0")
@@ -162,14 +166,10 @@ class Config:
         check(self.crop_from >= 0, "--crop-from", self.crop_from, "must not be negative")
         check(self.crop_every >= 1, "--crop-every", self.crop_every, "must be at least 1")
         check(0 < self.crop_min <= 1, "--crop-min", self.crop_min, "must lie between 0 and 1")
-        check(self.decoder_depth >= 1, "--decoder-depth", self.decoder_depth, "must be at least 1")
-        check(self.decoder_heads >= 1, "--decoder-heads", self.decoder_heads, "must be at least 1")
-        check(self.decoder_dim > 0 and self.decoder_dim % (4 * self.decoder_heads) == 0, "--decoder-dim",
-              self.decoder_dim, f"must be a multiple of 4 times --decoder-heads {self.decoder_heads}")
 
 
 TINY = Config(crop_from=1, crop_every=2, img=32, patch=4, dim=192, depth=4, heads=3, decoder_depth=2, decoder_dim=96,
-              decoder_heads=3, epochs=8, batch=128, warmup=1, data="cifar10", knn_every=1, tiny=True)
+              decoder_heads=3, epochs=8, batch=128, warmup=1.0, data="cifar10", knn_every=1, tiny=True)
 
 
 # Transformer. B batch, N patches, V visible ones, D width, K heads, n patches a side, p pixels a side of a
@@ -504,7 +504,7 @@ def contrastive_crop(images, size, scale, boxes, alpha):
     return crop_resize(images, (top, left, height, width), size)
 
 
-def views(images, cfg, boxes=None):
+def views(images, cfg, boxes=None, aspect=None):
     """uint8 images (B, 3, S, S) → two views, normalised (B, 3, img, img): around `boxes` (B, 4), if there are any."""
     def view():
         scale = cfg.crop_min, 1.0
@@ -535,17 +535,19 @@ class Boxes(nn.Module):
 def train(cfg):
     """Trains as `cfg` says; returns the run's folder. Raises UserError, FloatingPointError, SystemExit on a signal."""
     here = start_processes(cfg.device)
-    data = load_images(cfg.data, "train", cfg.img, cfg.root, cfg.workers, cfg.seed)
-    test = load_images(cfg.data, "test", cfg.img, cfg.root, cfg.workers, cfg.seed)
-    batches, boxes = Batches(data[0], cfg.batch, cfg.seed, here), Boxes(len(data[0]))
+    data, test = load_data(cfg)
+    batches, boxes = Batches(data, cfg.batch, cfg.seed, here), Boxes(len(data[0]))
 
     torch.manual_seed(cfg.seed)
     model = CMAE(cfg).to(here.device)
+    init_encoders(model, cfg.init)
+    if cfg.recompute:
+        recompute(model)
     net = DistributedDataParallel(model) if here.world > 1 else model
     net = torch.compile(net) if cfg.compile else net
     peak = cfg.lr * cfg.batch * here.world / 256                                            # §4.2
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, betas=(0.9, 0.95), fused=True)  # MAE's
-    steps, warmup = cfg.epochs * len(batches), cfg.warmup * len(batches)
+    steps, warmup = schedule(cfg, len(batches))
 
     run = Run("cmae", cfg, here, len(batches))
     step = run.resume(model=model, optimizer=optimizer, boxes=boxes)
@@ -555,7 +557,7 @@ def train(cfg):
         if not rest and epoch >= cfg.crop_from and (epoch - cfg.crop_from) % cfg.crop_every == 0:
             boxes.locate(model, data[0], here)                                              # §3.2
         I = boxes.boxes[batches.ids(step)] if epoch >= cfg.crop_from else None              # (B, 4)
-        view1, view2 = views(batches[step], cfg, I)
+        view1, view2 = views(batches[step][0], cfg, I)
         with autocast(here.device, cfg.amp):
             losses = net(view1, view2)
         losses["loss"].backward()

@@ -95,8 +95,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.models.swin_transformer import SwinTransformer
 
-from common import (Batches, Run, autocast, check, check_config, color_jitter, cosine_lr, gaussian_blur, launch,
-                    load_images, normalize, param_groups, random_grayscale, random_resized_crop, seed_step,
+from common import (Batches, check_mask, init_encoders, load_data, recompute, schedule,
+                     Run, autocast, check, check_config, color_jitter, cosine_lr, gaussian_blur, launch,
+                    normalize, param_groups, random_grayscale, random_resized_crop, seed_step,
                     start_processes)
 
 
@@ -130,16 +131,21 @@ class Config:
     batch: int = 16  # images per step and per process, §3.2
     lr: float = 1e-3  # base learning rate, for a batch of 256; ours
     wd: float = 0.05  # weight decay; ours: MAE's
-    warmup: int = 10  # epochs of linear warm-up; ours: SimMIM's
+    warmup: float = 10.0  # epochs of linear warm-up; ours: SimMIM's
+    steps: int = 0  # stop after so many steps, the schedule too; 0 for all of --epochs
     # run
     data: str = "cifar10"  # cifar10, cifar100, stl10, tiny-imagenet, shapes, or a folder; §3.1
+    images: int = 0  # train on so many images, a fixed choice; 0 for all
+    store: int = 0  # side in pixels at which images are kept, squeezed to squares; 0 for 8/7 of --img
     root: str = "data"  # where data sets are downloaded to and decoded; ours
     out: str = ""  # folder of the run, new or empty; ours: runs/mclim-DATE-TIME
+    init: str = ""  # begin with the weights of this encoder: a run, its encoder.pt, or a state dict of timm's
     resume: str = ""  # folder of a run to go on with; ours
     seed: int = 0  # of all random numbers; ours
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute; ours
     amp: bool = True  # bfloat16 autocast where the device has it; ours
     compile: bool = False  # torch.compile the model; ours
+    recompute: bool = False  # compute the encoder's blocks a second time in backward: less memory, more time
     workers: int = 0  # threads that decode a folder, 0 for one a core; ours
     log_every: int = 20  # steps between rows of metrics.csv; ours
     knn_every: int = 10  # epochs between kNN checks, 0 for none; ours
@@ -170,7 +176,7 @@ class Config:
             check(self.patch % 4 == 0, "--patch", self.patch, f"must be a multiple of 4 for --backbone {self.backbone}")
 
 
-TINY = Config(img=32, patch=4, dim=192, depth=4, heads=3, epochs=8, batch=128, warmup=1, knn_every=1, tiny=True)
+TINY = Config(img=32, patch=4, dim=192, depth=4, heads=3, epochs=8, batch=128, warmup=1.0, knn_every=1, tiny=True)
 
 
 # Transformer. B batch, N patches or tokens, D width, K heads, P = 3·p·p numbers that a token restores, p pixels a side
@@ -529,7 +535,7 @@ def dcl_loss(z1, z2, tau):
 
 # Views, §2.1
 
-def views(images, cfg):
+def views(images, cfg, aspect=None):
     """uint8 images (B, 3, S, S) → the two views, normalised (B, 3, img, img): both cropped, the second coloured."""
     scale = cfg.crop_min, cfg.crop_max
     view1 = random_resized_crop(images, cfg.img, scale)
@@ -543,23 +549,25 @@ def views(images, cfg):
 def train(cfg):
     """Trains as `cfg` says; returns the run's folder. Raises UserError, FloatingPointError, SystemExit on a signal."""
     here = start_processes(cfg.device)
-    data = load_images(cfg.data, "train", cfg.img, cfg.root, cfg.workers, cfg.seed)
-    test = load_images(cfg.data, "test", cfg.img, cfg.root, cfg.workers, cfg.seed)
-    batches = Batches(data[0], cfg.batch, cfg.seed, here)
+    data, test = load_data(cfg)
+    batches = Batches(data, cfg.batch, cfg.seed, here)
 
     torch.manual_seed(cfg.seed)
     model = MCLim(cfg).to(here.device)
+    init_encoders(model, cfg.init)
+    if cfg.recompute:
+        recompute(model)
     net = DistributedDataParallel(model) if here.world > 1 else model
     net = torch.compile(net) if cfg.compile else net
     peak = cfg.lr * cfg.batch * here.world / 256                                            # §3.2
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, fused=True)         # §3.2
-    steps, warmup = cfg.epochs * len(batches), cfg.warmup * len(batches)
+    steps, warmup = schedule(cfg, len(batches))
 
     run = Run("mclim", cfg, here, len(batches))
     step = run.resume(model=model, optimizer=optimizer)
     while step < steps and not run.stopped:
         seed_step(cfg.seed, step, here.rank)
-        view1, view2 = views(batches[step], cfg)
+        view1, view2 = views(batches[step][0], cfg)
         with autocast(here.device, cfg.amp):
             losses = net(view1, view2)
         losses["loss"].backward()

@@ -83,7 +83,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (Batches, Run, autocast, check, check_config, cosine_lr, launch, load_images, normalize,
+from common import (Batches, check_mask, init_encoders, load_data, recompute, schedule,
+                     Run, autocast, check, check_config, cosine_lr, launch, normalize,
                     param_groups, random_hflip, random_resized_crop, seed_step, start_processes)
 
 
@@ -113,16 +114,21 @@ class Config:
     batch: int = 256  # images per step and per process; §4.1.1: in all
     lr: float = 1.5e-4  # base learning rate, for a batch of 256, §4.1.1
     wd: float = 0.05  # weight decay; ours: MAE's
-    warmup: int = 40  # epochs of linear warm-up, §4.1.1
+    warmup: float = 40.0  # epochs of linear warm-up, §4.1.1
+    steps: int = 0  # stop after so many steps, the schedule too; 0 for all of --epochs
     # run
     data: str = "cifar10"  # cifar10, cifar100, stl10, tiny-imagenet, shapes, or a folder; ours: §4.1 has ImageNet-1K
+    images: int = 0  # train on so many images, a fixed choice; 0 for all
+    store: int = 0  # side in pixels at which images are kept, squeezed to squares; 0 for 8/7 of --img
     root: str = "data"  # where data sets are downloaded to and decoded; ours
     out: str = ""  # folder of the run, new or empty; ours: runs/mvmae-DATE-TIME
+    init: str = ""  # begin with the weights of this encoder: a run, its encoder.pt, or a state dict of timm's
     resume: str = ""  # folder of a run to go on with; ours
     seed: int = 0  # of all random numbers; ours
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute; ours
     amp: bool = True  # bfloat16 autocast where the device has it; ours
     compile: bool = False  # torch.compile the model; ours
+    recompute: bool = False  # compute the encoder's blocks a second time in backward: less memory, more time
     workers: int = 0  # threads that decode a folder, 0 for one a core; ours
     log_every: int = 20  # steps between rows of metrics.csv; ours
     knn_every: int = 10  # epochs between kNN checks, 0 for none; ours
@@ -130,22 +136,16 @@ class Config:
 
     def __post_init__(self):
         check_config(self)
-        patches = (self.img // self.patch) ** 2
-        check(0 < self.mask < 1 and 0 < round(self.mask * patches) < patches, "--mask", self.mask,
-              f"must lie between 0 and 1 and leave some of {patches} patches masked and some visible")
+        check_mask(self)
         check(0 <= self.lam < math.inf, "--lam", self.lam, "must not be negative")
         check(self.lam == 0 or self.targets != "one", "--targets", self.targets, "has no pair to contrast: add --lam 0")
         check(self.lam == 0 or self.batch >= 2, "--batch", self.batch, "must be at least 2, or there are no negatives")
         check(0 < self.tau < math.inf, "--tau", self.tau, "must be above 0")
         check(0 < self.crop_min <= 1, "--crop-min", self.crop_min, "must lie between 0 and 1")
-        check(self.decoder_depth >= 1, "--decoder-depth", self.decoder_depth, "must be at least 1")
-        check(self.decoder_heads >= 1, "--decoder-heads", self.decoder_heads, "must be at least 1")
-        check(self.decoder_dim > 0 and self.decoder_dim % (4 * self.decoder_heads) == 0, "--decoder-dim",
-              self.decoder_dim, f"must be a multiple of 4 times --decoder-heads {self.decoder_heads}")
 
 
 TINY = Config(img=32, patch=4, dim=192, depth=4, heads=3, decoder_depth=2, decoder_dim=96, decoder_heads=3, epochs=16,
-              batch=128, lr=1e-3, warmup=1, knn_every=1, tiny=True)
+              batch=128, lr=1e-3, warmup=1.0, knn_every=1, tiny=True)
 
 
 # Transformer. B batch, N patches, V visible ones, D width, K heads, P = 3·p·p numbers of a patch, p pixels a side
@@ -399,7 +399,7 @@ def nt_xent_loss(z1, z2, tau):
 
 # Views, §3.1.1
 
-def views(images, cfg):
+def views(images, cfg, aspect=None):
     """uint8 images (B, 3, S, S) → target views, normalised (B, 3, img, img): the same twice unless --targets two."""
     def target():
         return normalize(random_hflip(random_resized_crop(images, cfg.img, (cfg.crop_min, 1.0))))
@@ -410,23 +410,25 @@ def views(images, cfg):
 def train(cfg):
     """Trains as `cfg` says; returns the run's folder. Raises UserError, FloatingPointError, SystemExit on a signal."""
     here = start_processes(cfg.device)
-    data = load_images(cfg.data, "train", cfg.img, cfg.root, cfg.workers, cfg.seed)
-    test = load_images(cfg.data, "test", cfg.img, cfg.root, cfg.workers, cfg.seed)
-    batches = Batches(data[0], cfg.batch, cfg.seed, here)
+    data, test = load_data(cfg)
+    batches = Batches(data, cfg.batch, cfg.seed, here)
 
     torch.manual_seed(cfg.seed)
     model = MVMAE(cfg).to(here.device)
+    init_encoders(model, cfg.init)
+    if cfg.recompute:
+        recompute(model)
     net = DistributedDataParallel(model) if here.world > 1 else model
     net = torch.compile(net) if cfg.compile else net
     peak = cfg.lr * cfg.batch * here.world / 256                                            # MAE's rule
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, betas=(0.9, 0.95), fused=True)  # §4.1.1
-    steps, warmup = cfg.epochs * len(batches), cfg.warmup * len(batches)
+    steps, warmup = schedule(cfg, len(batches))
 
     run = Run("mvmae", cfg, here, len(batches))
     step = run.resume(model=model, optimizer=optimizer)
     while step < steps and not run.stopped:
         seed_step(cfg.seed, step, here.rank)
-        view1, view2 = views(batches[step], cfg)
+        view1, view2 = views(batches[step][0], cfg)
         with autocast(here.device, cfg.amp):
             losses = net(view1, view2)
         losses["loss"].backward()

@@ -301,15 +301,16 @@ class Run:
 
     def write(self, *rows):
         """Adds rows, column → value, to metrics.csv; the first ones of this process make the file anew."""
-        file = self.folder / ("metrics.csv" if self.rows else "metrics.part")
+        file, anew = self.folder / "metrics.csv", not self.rows
         self.rows += rows
         try:
-            with open(file, "a", newline="") as out:
+            with open(file.with_suffix(".part") if anew else file, "a", newline="") as out:
                 writer = csv.DictWriter(out, self.rows[0])
-                if file.suffix == ".part":
+                if anew:
                     writer.writeheader()
                 writer.writerows(rows)
-            os.replace(file, self.folder / "metrics.csv")
+            if anew:
+                os.replace(file.with_suffix(".part"), file)
         except OSError as error:
             raise OSError(f"{error}; {newest(self.folder)}") from error
 

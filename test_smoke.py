@@ -19,10 +19,11 @@ HERE = pathlib.Path(__file__).parent
 METHODS = {"mclim": range(1, 11), "mvmae": range(1, 8), "cmae": range(1, 7), "macrl": (),  # an abstract has none
            "camae": range(1, 7)}  # file → the equations of its paper
 MODULES = {method: importlib.import_module(method) for method in METHODS}
-SMALL = {method: replace(module.TINY, img=16, dim=48, depth=2, batch=16, knn_every=0)  # 16 patches of 4×4
+SMALL = {method: replace(module.TINY, img=16, dim=48, depth=2, batch=16, knn_every=0, warmup=0.5)  # 16 patches of 4×4
          for method, module in MODULES.items()}
 FLAGS = "--tiny --data shapes --img 16 --dim 48 --depth 2 --batch 250 --knn-every 0 --log-every 7".split()
 every_method = pytest.mark.parametrize("method", METHODS)
+slow = pytest.mark.skipif("SLOW" not in os.environ, reason="takes long: SLOW=1 in the environment runs it, as CI does")
 
 
 def normal(*shape, seed=0):
@@ -299,6 +300,22 @@ def test_schedule():
     assert rates[:10] == pytest.approx([0.2 * i for i in range(1, 11)])
     assert rates[10] == 2.0 and rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.01
     assert rates[10:] == sorted(rates[10:], reverse=True)
+    cfg = replace(mclim.TINY, epochs=8, warmup=0.5)
+    assert common.schedule(cfg, 39) == (312, 20) and common.schedule(replace(cfg, warmup=3.0), 1) == (8, 3)
+    assert common.schedule(replace(cfg, steps=50), 39) == (50, 10)                         # a fifth at most
+    assert common.schedule(replace(cfg, steps=500), 39) == (500, 20)
+
+
+@every_method
+def test_an_untyped_warm_up_is_at_most_a_fifth(method):
+    def warmup(text):
+        cfg = common.command_line(method, MODULES[method].Config, MODULES[method].TINY, text.split())
+        return cfg.warmup
+
+    assert warmup("") == MODULES[method].Config.warmup and warmup("--epochs 10") == 2
+    assert warmup("--tiny --epochs 1") == 0.2 and warmup("--epochs 4 --warmup 3.5") == 3.5
+    if method == "mvmae":
+        assert warmup("--epochs 200") == 40
 
 
 @every_method
@@ -329,28 +346,129 @@ def test_knn_is_the_vote():
 
 @pytest.fixture
 def few(monkeypatch):
-    """32 shapes instead of 5,000, so that SMALL trains in a second."""
-    x, y = common.load_images("shapes", "train", 16)
+    """32 shapes instead of 5,000, and no pictures, so that SMALL trains in a second."""
+    data = [part[:32] for part in common.load_images("shapes", "train", 16)]
     for module in MODULES.values():
-        monkeypatch.setattr(module, "load_images", lambda *_: (x[:32], y[:32]))
+        monkeypatch.setattr(module, "load_data", lambda cfg: (data, data))
+    monkeypatch.setattr(common, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(common, "draw_images", lambda *_: None)
+
+
+def weights(folder):
+    state = common.load_checkpoint(folder)
+    return {**state["model"], **{f"{i}.{k}": v for i, s in state["optimizer"]["state"].items() for k, v in s.items()}}
+
+
+def metrics(folder):
+    rows = csv.DictReader(open(folder / "metrics.csv"))
+    return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows]
+
+
+def killed_and_resumed(module, cfg, tmp_path, monkeypatch):
+    """Asserts that a run which dies one step after its first epoch of two steps ends, resumed, like one that lives.
+    Returns the folder of that."""
+    save, threads = common.Run.save, torch.get_num_threads()
+
+    def save_and_die(run, step, *args, **parts):
+        save(run, step, *args, **parts)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    torch.set_num_threads(1)
+    module.train(replace(cfg, out=str(tmp_path / "whole")))
+    monkeypatch.setattr(common.Run, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        module.train(replace(cfg, out=str(tmp_path / "killed")))
+    monkeypatch.setattr(common.Run, "save", save)
+    assert module.main(["--resume", str(tmp_path / "killed")]) == 0
+    torch.set_num_threads(threads)
+    assert_same_end(tmp_path / "killed", tmp_path / "whole")
+    return tmp_path / "whole"
+
+
+def assert_same_end(folder, whole):
+    """Asserts that two runs have the same weights and metrics, and that neither has left part of a file."""
+    ours, reference = weights(folder), weights(whole)
+    assert ours.keys() == reference.keys() and all(torch.equal(ours[k], reference[k]) for k in ours)
+    assert metrics(folder) == metrics(whole) and not list(folder.glob("*.part"))
 
 
 @every_method
-def test_run_folder(few, tmp_path, capsys, method):
-    cfg = replace(SMALL[method], epochs=2, knn_every=1, log_every=1, data="shapes", out=str(tmp_path / "run"))
-    out = MODULES[method].train(cfg)
-    names = "config.json metrics.csv curves.png reconstruction.png last.pt previous.pt encoder.pt".split()
-    assert {f.name for f in out.iterdir()} == set(names)
+def test_a_run_its_folder_and_the_same_run_killed_after_its_first_epoch(few, tmp_path, capfd, method, monkeypatch):
+    own = {"cmae": {"crop_from": 0, "crop_every": 2, "k": 0.5},  # boxes of epoch 0 serve in epoch 1
+           "macrl": {"bank": 40}}  # of keys of two steps and a half
+    cfg = replace(SMALL[method], epochs=3, knn_every=2, log_every=1, data="shapes", **own.get(method, {}))
+    out = killed_and_resumed(MODULES[method], cfg, tmp_path, monkeypatch)
+    assert {f.name for f in out.iterdir()} == set("config.json metrics.csv last.pt previous.pt encoder.pt".split())
     facts = json.loads((out / "config.json").read_text())
     assert set(facts["config"]) == {f.name for f in fields(cfg)} and facts["torch"] == torch.__version__
     rows = list(csv.DictReader(open(out / "metrics.csv")))
-    assert [row["step"] for row in rows if row["loss"]] == ["1", "2", "3", "4"]
-    assert [row["step"] for row in rows if row["knn"]] == ["2", "4"]
+    assert [row["step"] for row in rows if row["loss"]] == ["1", "2", "3", "4", "5", "6"]
+    assert [row["step"] for row in rows if row["knn"]] == [row["step"] for row in rows if row["rank"]] == ["4"]
     assert {"reconstruction", "contrast", "images_per_second", "lr"} < set(rows[0])
     model, _ = eval_linear.load_model(out)
     encoder = torch.load(out / "encoder.pt", weights_only=True)
     assert all(torch.equal(value, encoder[name]) for name, value in model.encoder.state_dict().items())
-    assert Image.open(out / "curves.png").size[0] > 500 and f"eval_linear.py {out}" in capsys.readouterr().out
+    said = capfd.readouterr().out
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    first = said.splitlines()[1 if method == "cmae" and "boxes" in said.splitlines()[0] else 0]
+    assert all(words in first for words in (method, "CPU", f"{size:.1f} M parameters", "32 images", "2 steps an epoch",
+                                            str(out))), first
+    assert f"eval_linear.py {out}" in said and f"show.py {out}" in said and "kNN top-1" in said
+
+
+@pytest.mark.parametrize("kind", ["no test images", "no labels", "one class", "two classes"])
+def test_knn_needs_labels_and_two_classes(tmp_path, capfd, kind):
+    images, aspect = (255 * torch.rand(32, 3, 16, 16)).byte(), torch.ones(32)
+    labels = torch.arange(32) % 2 if "two" in kind or "test" in kind else torch.full((32,), -1 if "no" in kind else 0)
+    cfg = replace(SMALL["mclim"], epochs=1, knn_every=1, out=str(tmp_path / "run"))
+    train, test, model = (images, labels, aspect), (images, labels, aspect), build(cfg)
+    run = common.Run("mclim", cfg, common.start_processes("cpu"), 2)
+    run.resume(model=model)
+    run.log(2, {"loss": torch.tensor(1.0)}, 0.1)
+    run.save(2, train, None if "test" in kind else test, model)
+    said, row = capfd.readouterr().out, metrics(tmp_path / "run")[-1]
+    assert (row["knn"] != "") == ("kNN top-1" in said) == ("two" in kind) and ("no kNN" in said) == ("two" not in kind)
+    assert 1 <= float(row["rank"]) <= 32 and "effective rank" in said and said.count("after epoch 1") == 1
+    assert Image.open(tmp_path / "run" / "reconstruction.png").size[0] > 500                # of training images, too
+    assert Image.open(tmp_path / "run" / "curves.png").size[0] > 500
+
+
+def test_rows_are_means_over_equally_many_steps_and_the_live_line_fits(tmp_path, capfd, monkeypatch):
+    cfg = replace(SMALL["mclim"], epochs=2, log_every=4, out=str(tmp_path / "run"))
+    run = common.Run("mclim", cfg, common.start_processes("cpu"), 10)
+    run.resume(model=build(cfg))
+    capfd.readouterr()
+    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for step in range(1, 21):
+        run.log(step, {"loss": torch.tensor(float(step)), "contrast": torch.tensor(0.0)}, 0.1)
+        if step == 1:
+            assert "step 1  loss 1.0000" in capfd.readouterr().out                          # progress from the first on
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == ["4", "8", "10", "14", "18", "20"]
+    assert [float(row["loss"]) for row in rows] == [2.5, 6.5, 9.5, 12.5, 16.5, 19.5]
+    live = re.split(r"\r\x1b\[K", capfd.readouterr().out)[1:]
+    assert len(live) == 6 and max(map(len, live)) == 49
+    signal.raise_signal(signal.SIGINT)
+    assert "stopping after this step" in capfd.readouterr().err
+    run.log(21, {"loss": torch.tensor(0.0), "contrast": torch.tensor(0.0)}, 0.1)
+    assert run.leaving
+    monkeypatch.undo()
+    run.finish()
+
+
+def test_a_cpu_that_would_take_days_is_told_so_once(tmp_path, capfd, monkeypatch):
+    clock = iter(range(0, 10**6, 100))
+    monkeypatch.setattr(common.time, "time", lambda: next(clock))                           # minutes a step
+    for tiny in (False, True):
+        cfg = replace(SMALL["mclim"], epochs=1000, tiny=tiny, out=str(tmp_path / f"run-{tiny}"))
+        run = common.Run("mclim", cfg, common.start_processes("cpu"), 10)
+        run.resume(model=build(cfg))
+        for step in range(1, 5):
+            run.log(step, {"loss": torch.tensor(0.0)}, 0.1)
+        assert capfd.readouterr().out.count("days on this CPU; --tiny") == (not tiny)
+        run.finish()
 
 
 def test_checkpoint_of_a_broken_model_is_not_written(tmp_path):
@@ -519,88 +637,6 @@ def test_a_loss_that_blows_up_is_told_with_status_1(tmp_path, capsys):
     line = capsys.readouterr().err
     assert status == 1 and line.count("\n") == 1, line
     assert all(word in line for word in ("step", "loss", "contrast", "last good checkpoint: none yet"))
-
-
-# Kill and resume
-
-def weights(folder):
-    state = common.load_checkpoint(folder)
-    return {**state["model"], **{f"{i}.{k}": v for i, s in state["optimizer"]["state"].items() for k, v in s.items()}}
-
-
-def metrics(folder):
-    rows = csv.DictReader(open(folder / "metrics.csv"))
-    return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows]
-
-
-def killed_and_resumed(module, cfg, tmp_path, monkeypatch):
-    """Asserts that a run which dies one step after its first epoch of two steps ends, resumed, like one that lives."""
-    save, threads = common.Run.save, torch.get_num_threads()
-
-    def save_and_die(run, step, *args, **parts):
-        save(run, step, *args, **parts)
-        if step == 3:
-            raise KeyboardInterrupt
-
-    torch.set_num_threads(1)
-    module.train(replace(cfg, out=str(tmp_path / "whole")))
-    monkeypatch.setattr(common.Run, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        module.train(replace(cfg, out=str(tmp_path / "killed")))
-    monkeypatch.setattr(common.Run, "save", save)
-    assert module.main(["--resume", str(tmp_path / "killed")]) == 0
-    torch.set_num_threads(threads)
-    ours, reference = weights(tmp_path / "killed"), weights(tmp_path / "whole")
-    assert ours.keys() == reference.keys() and all(torch.equal(ours[k], reference[k]) for k in ours)
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-
-
-@every_method
-def test_a_run_resumed_after_its_first_epoch_ends_in_the_same_weights(few, tmp_path, method, monkeypatch):
-    own = {"cmae": {"crop_from": 0, "crop_every": 2, "k": 0.5},  # boxes of epoch 0 serve in epoch 1
-           "macrl": {"bank": 40}}  # of keys of two steps and a half
-    cfg = replace(SMALL[method], epochs=3, log_every=1, data="shapes", **own.get(method, {}))
-    killed_and_resumed(MODULES[method], cfg, tmp_path, monkeypatch)
-
-
-def test_a_killed_and_resumed_run_ends_in_the_same_weights(tmp_path):
-    command = [HERE / "mclim.py", *FLAGS, "--epochs", 4]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole = subprocess.Popen(list(map(str, [sys.executable, *command, "--out", tmp_path / "whole"])), env=env,
-                             stdout=subprocess.DEVNULL)
-    for name, sign, status in (("killed", signal.SIGKILL, -9), ("stopped", signal.SIGTERM, 143)):
-        out = tmp_path / name
-        process = subprocess.Popen(list(map(str, [sys.executable, *command, "--out", out])), env=env,
-                                   stdout=subprocess.DEVNULL)
-        while not (out / "last.pt").exists() and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(0.3)  # somewhere in the second epoch
-        process.send_signal(sign)
-        assert process.wait() == status
-        assert 0 < common.load_checkpoint(out)["step"] < 80
-        with open(out / "metrics.csv", "a") as file:  # rows that the resumed run writes again, the last one broken off
-            file.write("79,3.95,0.1,,1,1,1,9\n80,4")
-        answer = run(HERE / "mclim.py", "--resume", out)
-        assert answer.returncode == 0, answer.stderr
-    assert whole.wait() == 0
-    reference = weights(tmp_path / "whole")
-    for ours in (weights(tmp_path / "killed"), weights(tmp_path / "stopped")):
-        assert ours.keys() == reference.keys() and all(torch.equal(ours[k], reference[k]) for k in ours)
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-
-
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
-    out = tmp_path / "run"
-    assert run(HERE / "mclim.py", *FLAGS, "--epochs", 1, "--warmup", 0, "--out", out).returncode == 0
-    facts = json.loads((out / "config.json").read_text())
-    facts["config"]["epochs"] = 2  # more to do, no room for it
-    (out / "config.json").write_text(json.dumps(facts))
-    before, room = weights(out), (out / "last.pt").stat().st_size // 2
-    small = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))}
-    answer = run(HERE / "mclim.py", "--resume", out, **small)
-    assert answer.returncode == 2 and answer.stderr.count("\n") == 1 and "still good" in answer.stderr, answer.stderr
-    assert all(torch.equal(v, before[k]) for k, v in weights(out).items())
-    assert not list(out.glob("*.part"))
 
 
 # Several processes

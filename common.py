@@ -14,8 +14,8 @@ from images import (Batches, UserError, adjust_brightness, adjust_contrast, adju
                     normalize, random_grayscale, random_hflip, random_resized_crop, resize)
 from pictures import draw_curves, draw_images, reconstruction_rows
 from weights import (autocast, check_features, effective_rank, extract_features, fixed_choice, init_encoders,
-                     knn_accuracy, knn_votes, load_checkpoint, newest, online_knn, recompute, save_checkpoint, save_file,
-                     timm_call)
+                     knn_accuracy, knn_votes, load_checkpoint, newest, online_knn, recompute, save_checkpoint,
+                     save_file, timm_call)
 
 RESUMABLE = {  # these may change when a run is resumed
     "resume", "run", "tiny", "root", "device", "compile", "workers", "knn_every", "log_every", "test_every"}
@@ -232,8 +232,8 @@ class Run:
         self.folder = pathlib.Path(cfg.out or time.strftime(f"runs/{method}-%Y%m%d-%H%M%S"))
         self.method, self.cfg, self.here, self.per_epoch, self.columns = method, cfg, here, per_epoch, columns
         self.steps, self.warmup = schedule(cfg, per_epoch)
-        self.rows, self.sums, self.asked, self.signal, self.begun, self.logged, self.drawn = [], {}, math.inf, 0, 0, 0, 0
-        self.leaving = self.stopped = self.live = self.warned = False
+        self.rows, self.sums, self.asked, self.leaving, self.stopped, self.live = [], {}, math.inf, False, False, False
+        self.signal = self.begun = self.logged = self.drawn = self.warned = 0
         if here.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             held = {f.name for f in self.folder.iterdir()} - {"config.part"}
@@ -245,7 +245,7 @@ class Run:
         self.began = self.clock = self.shown = time.time()
 
     def stop(self, sign, frame):
-        """Notes a signal for `log`. One more than a second later ends the program at once; torchrun sends each twice."""
+        """Notes a signal for `log`. One more a second later ends the program at once; torchrun sends each twice."""
         if time.time() > self.asked + 1:
             signal.signal(sign, signal.SIG_DFL)
             signal.raise_signal(sign)
@@ -255,8 +255,8 @@ class Run:
         self.signal, self.asked, self.live = sign, min(self.asked, time.time()), False
 
     def resume(self, **parts):
-        """The step to go on from, 0 in a new run, whose config.json it writes. Reads the checkpoint into `parts` and the
-        metrics up to it. Says what is about to be done."""
+        """The step to go on from, 0 in a new run, whose config.json it writes. Reads the checkpoint into `parts`, and
+        the metrics up to it. Says what is about to be done."""
         cfg, (rank, world, device), model = self.cfg, self.here, parts["model"]
         if cfg.resume:
             started = read_facts(self.folder, self.method, type(cfg))["processes"]
@@ -315,8 +315,8 @@ class Run:
             raise OSError(f"{error}; {newest(self.folder)}") from error
 
     def log(self, step, losses, lr):
-        """Sums a step's terms; writes and shows their means every --log-every steps of an epoch, at its end, and after a
-        signal. Shows them after the first step and every ten seconds, too.
+        """Sums a step's terms; writes and shows their means every --log-every steps of an epoch, at its end, and after
+        a signal. Shows them after the first step and every ten seconds, too.
 
         The one place where the loop waits for the device. Raises FloatingPointError when a term is not finite.
         """
@@ -352,10 +352,10 @@ class Run:
             self.sums, self.logged, self.clock = {} if due else self.sums, step, time.time()
 
     def save(self, step, train, test, model, **parts):
-        """At an epoch's or the training's end or after a signal: encoder.pt, check_features and pictures if due, then the
-        checkpoint.
+        """At an epoch's or the training's end or after a signal: encoder.pt, check_features and pictures if due, then
+        the checkpoint.
 
-        train, test: triples of load_images; no test images, or neither, are None. parts: what else the checkpoint holds.
+        train, test: load_images' triples; None: no test images, or neither. parts: what else the checkpoint holds.
         Pictures are drawn at most once a minute, and at the end. Raises FloatingPointError if a weight is not finite.
         """
         epoch, rest = divmod(step, self.per_epoch)

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
-import common, mclim, mvmae
-from test_smoke import (FLAGS, HERE, METHODS, MODULES, SMALL, assert_same_end, build, every_method, few, metrics, normal,
-                        run, slow, weights)
+import common, mclim
+from test_smoke import (FLAGS, HERE, SMALL, assert_same_end, build, every_method, few, metrics, normal, run, slow,
+                        weights)
 
 # On disk
 
@@ -19,7 +20,7 @@ def test_a_crash_at_any_file_operation_of_save_loses_nothing(few, tmp_path, monk
         """What no code of ours catches, like a kill."""
 
     def train(out, last):
-        """Trains two epochs of two steps, up to file operation number `last` after the first checkpoint. Returns all."""
+        """Trains two epochs of two steps, up to file operation `last` after the first checkpoint. Returns all."""
         done = []
 
         def counted(operation):
@@ -33,11 +34,11 @@ def test_a_crash_at_any_file_operation_of_save_loses_nothing(few, tmp_path, monk
                 return operation(*args)
             return call
 
-        save, cfg = torch.save, replace(SMALL["mclim"], dim=24, depth=1, epochs=2, knn_every=1, log_every=1, out=str(out))
+        save, cfg = torch.save, replace(SMALL["mclim"], dim=24, depth=1, epochs=2, knn_every=1, log_every=1)
         with monkeypatch.context() as patch:
             for owner, name in ((torch, "save"), (os, "replace"), (csv.DictWriter, "writerows")):
                 patch.setattr(owner, name, counted(getattr(owner, name)))
-            mclim.train(cfg)
+            mclim.train(replace(cfg, out=str(out)))
         return done
 
     threads = torch.get_num_threads()
@@ -121,8 +122,8 @@ def test_init_takes_a_run_its_encoder_or_a_timm_classifier(tmp_path, capsys):
     head = {"head.weight": torch.zeros(9, 48), "head.bias": torch.zeros(9)}
     torch.save({**source, **head}, tmp_path / "timm.pth")
     torch.save({"model": source}, tmp_path / "mae.pth")
-    torch.save({**{k: v for k, v in source.items() if not k.startswith("norm.")}, **head, "fc_norm.bias": torch.ones(48)},
-               tmp_path / "average.pth")
+    average = {name: value for name, value in source.items() if not name.startswith("norm.")}
+    torch.save({**average, **head, "fc_norm.bias": torch.ones(48)}, tmp_path / "average.pth")
     for method, copy in (("mvmae", "encoder"), ("cmae", "M_E"), ("camae", "f_xi")):
         for file in (tmp_path, *(tmp_path / name for name in ("encoder.pt", "timm.pth", "mae.pth", "average.pth"))):
             model = build(replace(SMALL[method], init=str(file)))
@@ -192,7 +193,43 @@ def test_recomputed_blocks_give_the_same_loss_and_gradients_to_the_bit(method):
     assert calls.count(True) > calls.count(False) > 0  # computed again
 
 
-# Worth
+# What they are worth
+
+def test_knn_is_the_vote():
+    bank, labels, queries = normal(30, 4), torch.arange(30) % 3, normal(8, 4, seed=1)
+    votes, truth = common.knn_votes(bank, labels, queries, k=5), []
+    for q, ours in zip(queries, votes):
+        cosine = [(torch.dot(q, b) / q.norm() / b.norm()).item() for b in bank]
+        theirs = [0.0] * 3
+        for j in sorted(range(30), key=lambda j: -cosine[j])[:5]:
+            theirs[labels[j]] += math.exp(cosine[j] / 0.07)
+        assert ours.tolist() == pytest.approx(theirs, rel=1e-4)
+        truth.append(theirs.index(max(theirs)))
+    truth = torch.tensor(truth)
+    assert common.knn_accuracy(bank, labels, queries, truth, k=5) == 1
+    assert common.knn_accuracy(bank, labels, queries, (truth + (torch.arange(8) < 2)) % 3, k=5) == 0.75
+
+
+@pytest.mark.parametrize("kind", ["no test images", "no labels", "one class", "two classes"])
+def test_knn_needs_labels_and_two_classes(tmp_path, capfd, monkeypatch, kind):
+    if kind != "no test images":  # drawing takes long
+        monkeypatch.setattr(common, "draw_curves", lambda file, rows: None)
+        monkeypatch.setattr(common, "draw_images", lambda file, rows: None)
+    images, aspect = (255 * torch.rand(32, 3, 16, 16)).byte(), torch.ones(32)
+    labels = torch.arange(32) % 2 if "two" in kind or "test" in kind else torch.full((32,), -1 if "no" in kind else 0)
+    cfg = replace(SMALL["mclim"], epochs=1, knn_every=1, out=str(tmp_path / "run"))
+    train, test, model = (images, labels, aspect), (images, labels, aspect), build(cfg)
+    run = common.Run("mclim", cfg, common.start_processes("cpu"), 2)
+    run.resume(model=model)
+    run.log(2, {"loss": torch.tensor(1.0)}, 0.1)
+    run.save(2, train, None if "test" in kind else test, model)
+    said, row = capfd.readouterr().out, metrics(tmp_path / "run")[-1]
+    assert (row["knn"] != "") == ("kNN top-1" in said) == ("two" in kind) and ("no kNN" in said) == ("two" not in kind)
+    assert 1 <= float(row["rank"]) <= 32 and "effective rank" in said and said.count("after epoch 1") == 1
+    if kind == "no test images":
+        assert Image.open(tmp_path / "run" / "reconstruction.png").size[0] > 500  # of training images
+        assert Image.open(tmp_path / "run" / "curves.png").size[0] > 500
+
 
 def test_effective_rank_is_rankmes():
     features = normal(40, 6)

@@ -1,19 +1,21 @@
-"""What no paper is about: command line, processes, schedule, kNN, checkpoints, log.
+"""What no paper is about: command line, processes, schedule, data, log.
 
-Data sets and augmentation stand in images.py, pictures in pictures.py; a method file takes all from here.
+Images stand in images.py, weights and what they are worth in weights.py; a method file takes all from here.
 """
-import argparse, csv, dataclasses, datetime, errno, gc, inspect, json, math, os, pathlib, re, shlex, shutil, signal
-import subprocess, sys, time, typing
+import argparse, csv, dataclasses, datetime, gc, inspect, json, math, os, pathlib, re, shlex, shutil, signal, subprocess
+import sys, time, typing
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import torchvision
 
-from images import (Batches, UserError, adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, check,
-                    class_names, color_jitter, crop_boxes, crop_resize, denormalize, gaussian_blur, load_images,
+from images import (Batches, UserError, adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, central_crop,
+                    check, class_names, color_jitter, crop_boxes, crop_resize, denormalize, gaussian_blur, load_images,
                     normalize, random_grayscale, random_hflip, random_resized_crop, resize)
-from pictures import draw_curves, draw_images
+from pictures import draw_curves, draw_images, reconstruction_rows
+from weights import (autocast, check_features, effective_rank, extract_features, fixed_choice, init_encoders,
+                     knn_accuracy, knn_votes, load_checkpoint, newest, online_knn, recompute, save_checkpoint,
+                     save_file, timm_call)
 
 RESUMABLE = {  # these may change when a run is resumed
     "resume", "run", "tiny", "root", "device", "compile", "workers", "knn_every", "log_every", "test_every"}
@@ -29,24 +31,33 @@ class Parser(argparse.ArgumentParser):
 
 def command_line(method, Config, TINY, argv=None):
     """The Config that `argv` asks for: a field is a flag (`run`: a bare word), its comment the help, its Literal the
-    choices.
+    choices; a comment above fields is the heading of a group.
 
-    What is typed goes over TINY with --tiny, over the run's own config with --resume. Raises UserError.
+    What is typed goes over TINY with --tiny, over the run's own config with --resume. A warm-up that is not typed is at
+    most a fifth of the epochs. Raises UserError.
     """
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
-    about = inspect.getdoc(sys.modules[Config.__module__]).split("\n\n")[0]
-    parser = Parser(f"{method}.py", description=about, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for name, kind in typing.get_type_hints(Config).items():
+    about, kinds = inspect.getdoc(sys.modules[Config.__module__]), typing.get_type_hints(Config)
+    examples = re.findall(rf"^ +(python {method}\.py.*)", about, re.M)[:2]
+    parser = Parser(f"{method}.py", usage=f"%(prog)s{' RUN' * ('run' in kinds)} [--flag value …]", allow_abbrev=False,
+                    description=about.split("\n\n")[0], epilog="\n  ".join(["examples:", *examples]),
+                    formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    for heading, name, text in re.findall(r"^    (?:# (.+)|(\w+): .*?  # (.*))$", inspect.getsource(Config), re.M):
+        if heading:
+            group = parser.add_argument_group(heading)
+            continue
+        kind, default, tiny = kinds[name], getattr(Config, name), getattr(TINY, name)
         form = ({"nargs": "?", "metavar": "RUN"} if name == "run" else
                 {"action": argparse.BooleanOptionalAction} if kind is bool else
                 {"choices": typing.get_args(kind)} if typing.get_origin(kind) is typing.Literal else
                 {"type": kind, "metavar": kind.__name__.upper()})
-        text = f"{comments[name]} (default: {getattr(Config, name)!r}, tiny: {getattr(TINY, name)!r})"
+        text += f" (default: {default}{f', tiny: {tiny}' * (tiny != default and name != 'tiny')})" * (default != "")
         word = name if name == "run" else "--" + name.replace("_", "-")
-        parser.add_argument(word, help=text.replace("%", "%%"), **form)
+        group.add_argument(word, help=text.replace("%", "%%"), **form)
     typed = vars(parser.parse_intermixed_args(argv))
     if "resume" not in typed:
-        return dataclasses.replace(TINY if typed.get("tiny") else Config(), **typed)
+        base = TINY if typed.get("tiny") else Config()
+        typed.setdefault("warmup", min(base.warmup, typed.get("epochs", base.epochs) / 5))
+        return dataclasses.replace(base, **typed)
     run = pathlib.Path(typed["resume"])
     saved = read_facts(run, method, Config)["config"]
     for name, value in typed.items():
@@ -60,7 +71,7 @@ def read_facts(run, method, Config):
     check((run / "config.json").is_file(), "--resume", run, "is not the folder of a run: it holds no config.json")
     try:
         facts = json.loads((run / "config.json").read_text())
-        theirs, names = facts["method"], set(facts["config"])
+        theirs, names, _ = facts["method"], set(facts["config"]), int(facts["processes"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"--resume {run}: its config.json is broken ({error})") from error
     check(theirs == method, "--resume", run, f"is a run of {theirs}.py")
@@ -80,13 +91,10 @@ def answer(program, job):
     try:
         job()
         return 0
-    except UserError as error:
+    except (UserError, OSError) as error:
         line, status = str(error), 2
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        line, status = f"{error}{'; the last checkpoint is still good' if full else ''}", 2
     except torch.OutOfMemoryError:
-        line, status = "out of GPU memory: lower --batch, --img, --dim or --depth, or take --device cpu", 2
+        line, status = "out of GPU memory: lower --batch, --img, --dim or --depth, or add --recompute", 2
     except FloatingPointError as error:
         line, status = str(error), 1
     except KeyboardInterrupt:
@@ -99,29 +107,54 @@ def answer(program, job):
     return status
 
 
+def check_each(cfg, names, ok, right):
+    """Raises UserError, which says what is `right`, where ok(value) is false of one of the fields `names`."""
+    for name in names.split():
+        check(ok(getattr(cfg, name)), "--" + name.replace("_", "-"), getattr(cfg, name), right)
+
+
 def check_least(cfg, least, names):
     """Raises UserError where one of the fields `names` is below `least`, or not finite."""
-    for name in names.split():
-        check(least <= getattr(cfg, name) < math.inf, "--" + name.replace("_", "-"), getattr(cfg, name),
-              f"must be at least {least}")
+    check_each(cfg, names, lambda value: least <= value < math.inf, f"must be at least {least}")
+
+
+def check_above(cfg, low, names):
+    """Raises UserError where one of the fields `names` is not above `low`, or not finite."""
+    check_each(cfg, names, lambda value: low < value < math.inf, f"must be above {low}")
+
+
+def check_share(cfg, names):
+    """Raises UserError where one of the fields `names` is no share or probability, 0…1."""
+    check_each(cfg, names, lambda value: 0 <= value <= 1, "must lie between 0 and 1")
 
 
 def check_training(cfg):
     """Raises UserError where a field that every training has is out of range."""
     check_least(cfg, 1, "epochs batch log_every")
     check_least(cfg, 0, "wd warmup workers seed")
+    check_above(cfg, 0, "lr")
     check(cfg.warmup < cfg.epochs, "--warmup", cfg.warmup, f"must be below --epochs {cfg.epochs}")
     check(cfg.seed < 2 ** 32, "--seed", cfg.seed, "must be below 2^32")
-    check(0 < cfg.lr < math.inf, "--lr", cfg.lr, "must be above 0 (the rate for a batch of 256)")
 
 
 def check_config(cfg):
-    """Raises UserError where a field that every method has is out of range."""
+    """Raises UserError where a field that every method has, or one of a decoder, is out of range."""
     check_training(cfg)
     check_least(cfg, 1, "img patch dim depth heads")
-    check_least(cfg, 0, "knn_every")
+    check_least(cfg, 0, "knn_every images store steps")
     check(cfg.img % cfg.patch == 0, "--patch", cfg.patch, f"must divide --img {cfg.img}")
     check(cfg.dim % (4 * cfg.heads) == 0, "--dim", cfg.dim, f"must be a multiple of 4 times --heads {cfg.heads}")
+    if hasattr(cfg, "decoder_dim"):
+        check_least(cfg, 1, "decoder_depth decoder_dim decoder_heads")
+        check(cfg.decoder_dim % (4 * cfg.decoder_heads) == 0, "--decoder-dim", cfg.decoder_dim,
+              f"must be a multiple of 4 times --decoder-heads {cfg.decoder_heads}")
+
+
+def check_mask(cfg):
+    """Raises UserError unless --mask leaves some of the N patches masked and some visible."""
+    N = (cfg.img // cfg.patch) ** 2
+    check(0 < cfg.mask < 1 and 0 < round(cfg.mask * N) < N, "--mask", cfg.mask,
+          f"must lie between 0 and 1 and leave some of {N} patches masked and some visible")
 
 
 # Processes and numerics
@@ -137,20 +170,21 @@ def start_processes(device="auto"):
     if cuda:
         torch.cuda.set_device(local)
     if world > 1 and not dist.is_initialized():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save yet: ^C ends them all without a word
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=12))
     return Here(rank, world, torch.device("cuda", local) if cuda else torch.device("cpu"))
-
-
-def autocast(device, amp=True):
-    """bfloat16 autocast where the device computes in bfloat16, else float32."""
-    cpu = torch.cpu.get_capabilities()
-    able = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu.get("amx_bf16") or cpu.get("avx512_bf16")
-    return torch.autocast(device.type, torch.bfloat16, enabled=bool(amp and able))
 
 
 def seed_step(seed, step, rank=0):
     """Makes all random numbers of a step a function of (seed, step, rank): a resumed run draws the same."""
     torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
+
+
+def schedule(cfg, per_epoch):
+    """Steps of the whole training and of its warm-up. --steps, if given, is the whole, and a fifth of it the longest
+    warm-up."""
+    steps, warmup = getattr(cfg, "steps", 0), round(cfg.warmup * per_epoch)
+    return (steps, min(warmup, steps // 5)) if steps else (cfg.epochs * per_epoch, warmup)
 
 
 def cosine_lr(step, steps, warmup, peak):
@@ -169,41 +203,15 @@ def param_groups(model, wd):
     return groups
 
 
-# Evaluation
-
-@torch.no_grad()
-def extract_features(encoder, images, img, here, amp=True):
-    """encoder.features of uint8 images (N, 3, S, S) resized to img×img: float32 (N, D) on the device."""
-    rows = []
-    for x in images.split(250):
-        with autocast(here.device, amp):
-            rows.append(encoder.features(normalize(resize(x.to(here.device), img))).float())
-    return torch.cat(rows)
-
-
-def knn_votes(features, labels, queries, k=20, tau=0.07):
-    """(Q, classes): the k rows of `features` (N, D) nearest by cosine vote for their labels, by exp(cosine / tau)."""
-    bank, votes = F.normalize(features.float(), dim=1), []
-    for q in F.normalize(queries.float(), dim=1).split(500):
-        similarity, nearest = (q @ bank.T).topk(min(k, len(bank)))                         # (500, k)
-        vote = torch.zeros(len(q), int(labels.max()) + 1, device=q.device)
-        votes.append(vote.scatter_add(1, labels[nearest], (similarity / tau).exp()))
-    return torch.cat(votes)
-
-
-def knn_accuracy(features, labels, queries, query_labels, k=20, tau=0.07):
-    """Top-1, 0…1, of weighted k-nearest-neighbour classification of `queries` (Q, D)."""
-    return (knn_votes(features, labels, queries, k, tau).argmax(1) == query_labels).double().mean().item()
-
-
-def online_knn(encoder, train, test, cfg, here):
-    """knn_accuracy on the same 5,000 and 1,000 labelled images of load_images' pairs `train` and `test` each time."""
-    parts = []
-    for (images, labels), n in ((train, 5_000), (test, 1_000)):
-        ids = (labels >= 0).nonzero().flatten()
-        ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:n]]
-        parts += [extract_features(encoder, images[ids], cfg.img, here, cfg.amp), labels[ids].to(here.device)]
-    return knn_accuracy(*parts)
+def load_data(cfg):
+    """The training and the test images of a Config, each as load_images gives it; None for test images where there are
+    none. --images takes a fixed choice. Raises UserError."""
+    side = cfg.store or round(cfg.img * 8 / 7)
+    train, test = (load_images(cfg.data, split, side, cfg.root, cfg.workers, cfg.seed) for split in ("train", "test"))
+    if cfg.images:
+        check(cfg.images <= len(train[0]), "--images", cfg.images, f"there are only {len(train[0])} training images")
+        train = tuple(part[fixed_choice(len(part), cfg.images)] for part in train)
+    return train, test
 
 
 # The run on disk
@@ -214,175 +222,178 @@ def git_commit():
     return subprocess.run(ask, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
 
 
-def save_file(state, file):
-    """Writes `state` beside `file`, then moves it over, so that `file` is always whole. Raises UserError, disk full."""
-    part = file.with_suffix(".part")
-    try:
-        torch.save(state, part)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"{file}: can't be written ({error}); the checkpoint before is still good") from error
-    os.replace(part, file)
-
-
-def save_checkpoint(file, method, cfg, step, **parts):
-    """Writes the state of `parts` (model, optimizer, …) to `file`; the one before becomes previous.pt beside it."""
-    file, state = pathlib.Path(file), {"method": method, "config": dataclasses.asdict(cfg), "step": step}
-    new = file.with_suffix(".new")
-    save_file({**state, **{name: part.state_dict() for name, part in parts.items()}}, new)
-    if file.exists():
-        os.replace(file, file.with_name("previous.pt"))
-    os.replace(new, file)
-
-
-def load_checkpoint(file, method=None, **parts):
-    """Reads a file of save_checkpoint, or a run's newest, into `parts`; returns it. Raises UserError if it can't."""
-    file = pathlib.Path(file)
-    file = file / ("last.pt" if (file / "last.pt").exists() else "previous.pt") if file.is_dir() else file
-    check(file.is_file(), "checkpoint", file, "does not exist")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle, EOF, runtime: torch names no narrower one
-        raise UserError(f"checkpoint {file}: is truncated or no checkpoint ({type(error).__name__}); if it "
-                        "is a run's last.pt, delete it: previous.pt, the one before, is then taken") from error
-    check(isinstance(state, dict) and "method" in state, "checkpoint", file, "is not a last.pt of this project")
-    check(method in (None, state["method"]), "checkpoint", file, f"is of {state['method']}, not of {method}")
-    for name, part in parts.items():
-        try:
-            part.load_state_dict(state[name])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise UserError(f"checkpoint {file}: does not fit: {' '.join(str(error).split())[:300]}") from error
-    return state
-
-
 class Run:
     """The folder of a run: config, metrics, curves, pictures, checkpoints; only the first process writes.
 
     After SIGINT or SIGTERM the loop finishes its step, `save` saves, and `stopped` is true. `columns`: what is
     written once an epoch by `write`. Raises UserError for an --out that holds something.
     """
-    def __init__(self, method, cfg, here, per_epoch, columns=("knn",)):
+    def __init__(self, method, cfg, here, per_epoch, columns=("knn", "rank")):
         self.folder = pathlib.Path(cfg.out or time.strftime(f"runs/{method}-%Y%m%d-%H%M%S"))
         self.method, self.cfg, self.here, self.per_epoch, self.columns = method, cfg, here, per_epoch, columns
-        self.rows, self.sums, self.signal, self.drawn, self.logged, self.leaving, self.stopped = [], {}, 0, 0, 0, 0, 0
-        if not cfg.resume and here.rank == 0:
-            check(not self.folder.exists() or self.folder.is_dir() and not any(self.folder.iterdir()), "--out",
-                  self.folder, "must be new or empty; --resume goes on with a run")
+        self.steps, self.warmup = schedule(cfg, per_epoch)
+        self.rows, self.sums, self.asked, self.leaving, self.stopped, self.live = [], {}, math.inf, False, False, False
+        self.signal = self.begun = self.logged = self.drawn = self.warned = 0
+        if here.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            facts = {"method": method, "config": dataclasses.asdict(cfg), "command": shlex.join(sys.argv),
-                     "git": git_commit(), "python": sys.version.split()[0], "torch": torch.__version__,
-                     "torchvision": torchvision.__version__, "processes": here.world, "device": str(here.device)}
-            (self.folder / "config.part").write_text(json.dumps(facts, indent=1) + "\n")
-            os.replace(self.folder / "config.part", self.folder / "config.json")
+            held = {f.name for f in self.folder.iterdir()} - {"config.part"}
+            check(cfg.resume or not held, "--out", self.folder, "must be new or empty; --resume goes on with a run")
+            for left in self.folder.glob("*.part"):  # by a crash
+                left.unlink()
         for sign in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sign, self.stop)
-        self.began = self.clock = time.time()
+        self.began = self.clock = self.shown = time.time()
 
     def stop(self, sign, frame):
-        """Notes a signal for `log`; a second one ends the program at once."""
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self.signal = sign
+        """Notes a signal for `log`. One more a second later ends the program at once; torchrun sends each twice."""
+        if time.time() > self.asked + 1:
+            signal.signal(sign, signal.SIG_DFL)
+            signal.raise_signal(sign)
+        elif not self.signal and self.here.rank == 0:
+            when = "after this step" if self.here.world == 1 else "at the next row of metrics.csv"
+            os.write(2, f"\nstopping {when}\n".encode())  # print may be at work just now
+        self.signal, self.asked, self.live = sign, min(self.asked, time.time()), False
 
     def resume(self, **parts):
-        """The step to go on from, 0 in a new run. Reads the checkpoint into `parts`, and the metrics up to it."""
-        if not self.cfg.resume:
-            return 0
-        started = json.loads((self.folder / "config.json").read_text())["processes"]
-        check(started == self.here.world, "--resume", self.folder, f"was started with {started} processes")
-        self.logged = load_checkpoint(self.folder, self.method, **parts)["step"]
-        with open(self.folder / "metrics.csv", newline="") as file:
-            whole = [row for row in csv.DictReader(file) if None not in row.values()]
-        for row in whole if self.here.rank == 0 else ():
-            if int(row["step"]) <= self.logged:
-                self.write(row)
-        return self.logged
+        """The step to go on from, 0 in a new run, whose config.json it writes. Reads the checkpoint into `parts`, and
+        the metrics up to it. Says what is about to be done."""
+        cfg, (rank, world, device), model = self.cfg, self.here, parts["model"]
+        if cfg.resume:
+            started = read_facts(self.folder, self.method, type(cfg))["processes"]
+            check(started == world, "--resume", self.folder, f"was started with {started} processes: "
+                  + self.command(f"{self.method}.py --resume", started))
+            self.begun = self.logged = load_checkpoint(self.folder, self.method, **parts)["step"]
+            with open(self.folder / "metrics.csv", newline="") as file:
+                whole = [row for row in csv.DictReader(file) if None not in row.values()]
+        if rank == 0:
+            if cfg.resume:
+                self.write(*(row for row in whole if int(row["step"]) <= self.begun))
+            else:
+                facts = {"method": self.method, "config": dataclasses.asdict(cfg), "command": shlex.join(sys.argv),
+                         "git": git_commit(), "python": sys.version.split()[0], "torch": torch.__version__,
+                         "torchvision": torchvision.__version__, "timm": timm_call(cfg, model.encoder),
+                         "processes": world, "device": str(device)}
+                (self.folder / "config.part").write_text(json.dumps(facts, indent=1) + "\n")
+                os.replace(self.folder / "config.part", self.folder / "config.json")
+            with autocast(device, cfg.amp):
+                precision = "bfloat16" if torch.is_autocast_enabled(device.type) else "float32"
+            place = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+            size, own = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.encoder))
+            self.tell(f"{self.method} on {place}, {precision}; {size:.1f} M parameters, {own:.1f} M in the encoder; "
+                      f"{self.per_epoch * cfg.batch * world:,} images and {self.per_epoch:,} steps an epoch, "
+                      f"{self.steps:,} steps in all, {self.warmup:,} of them warm-up; folder {self.folder}")
+        return self.begun
 
-    def write(self, row):
-        """Adds a row, column → value, to metrics.csv; the first one of this process begins the file anew."""
-        with open(self.folder / "metrics.csv", "a" if self.rows else "w", newline="") as file:
-            writer = csv.DictWriter(file, self.rows[0] if self.rows else row)
-            if not self.rows:
-                writer.writeheader()
-            writer.writerow(row)
-        self.rows.append(row)
+    def tell(self, line, live=False):
+        """Prints a line. On a terminal a live one is cut to its width, and the next live one takes its place."""
+        live = live and sys.stdout.isatty()
+        if live:
+            print(f"\r\033[K{line[:shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+        else:
+            print(f"{chr(10) * self.live}{line}", flush=True)
+        self.live = live
+
+    def command(self, program, processes=1):
+        """What to type so that so many processes of `program` take up this run."""
+        python = min(sys.executable, os.path.relpath(sys.executable), key=len)
+        many = f"-m torch.distributed.run --nproc-per-node {processes} " if processes > 1 else ""  # torchrun
+        return f"{python} {many}{program} {shlex.quote(str(self.folder))}"
+
+    def write(self, *rows):
+        """Adds rows, column → value, to metrics.csv; the first ones of this process make the file anew."""
+        file, anew = self.folder / "metrics.csv", not self.rows
+        self.rows += rows
+        try:
+            with open(file.with_suffix(".part") if anew else file, "a", newline="") as out:
+                writer = csv.DictWriter(out, self.rows[0])
+                if anew:
+                    writer.writeheader()
+                writer.writerows(rows)
+            if anew:
+                os.replace(file.with_suffix(".part"), file)
+        except OSError as error:
+            raise OSError(f"{error}; {newest(self.folder)}") from error
 
     def log(self, step, losses, lr):
-        """Sums a step's terms; every --log-every steps, at the end of an epoch and after a signal, writes their means.
+        """Sums a step's terms; writes and shows their means every --log-every steps of an epoch, at its end, and after
+        a signal. Shows them after the first step and every ten seconds, too.
 
         The one place where the loop waits for the device. Raises FloatingPointError when a term is not finite.
         """
         for name, value in losses.items():
             total, n = self.sums.get(name, (0.0, 0))
             self.sums[name] = total + value.detach(), n + 1
-        self.leaving = self.signal > 0 and self.here.world == 1  # several processes agree on it below
-        if step % self.cfg.log_every and step % self.per_epoch and not self.leaving:
+        self.leaving, first = self.signal > 0 and self.here.world == 1, step == self.begun + 1
+        due = step % self.per_epoch % self.cfg.log_every == 0 or step == self.steps or self.leaving
+        if not (due or first or time.time() > self.shown + 10):
             return
-        means, self.sums = {name: float(total) / n for name, (total, n) in self.sums.items()}, {}
+        means = {name: float(total) / n for name, (total, n) in self.sums.items()}
         terms = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         if not all(map(math.isfinite, means.values())):
-            raise FloatingPointError(f"loss not finite by step {step}: {terms}; last good checkpoint: {self.last()}")
-        if self.here.world > 1:
+            raise FloatingPointError(f"loss not finite by step {step}: {terms}; {newest(self.folder)}")
+        if due and self.here.world > 1:  # several processes agree on leaving
             asked = torch.tensor(self.signal, device=self.here.device)
             dist.all_reduce(asked, dist.ReduceOp.MAX)
             self.signal, self.leaving = int(asked), bool(asked)
         pace = (time.time() - self.clock) / (step - self.logged)
         if self.here.rank == 0:
-            speed, epoch, epochs = self.cfg.batch * self.here.world / pace, step / self.per_epoch, self.cfg.epochs
-            row = {"step": step, "epoch": round(epoch, 4), "lr": lr, **dict.fromkeys(self.columns, "")}
-            self.write({**row, **means, "images_per_second": round(speed, 1)})
-            left = datetime.timedelta(seconds=round((epochs - epoch) * self.per_epoch * pace))
-            line = f"epoch {epoch:.2f}/{epochs}  step {step}  {terms}  {speed:,.0f} images/s  {left} left"
-            print(f"\r\033[K{line}" if sys.stdout.isatty() else f"{line}\n", end="", flush=True)
-        self.logged, self.clock = step, time.time()
-
-    def last(self):
-        """The newest checkpoint on disk, or "none yet"."""
-        return next((str(f) for f in (self.folder / "last.pt", self.folder / "previous.pt") if f.exists()), "none yet")
+            epoch, epochs, left = step / self.per_epoch, self.steps / self.per_epoch, (self.steps - step) * pace
+            speed = self.cfg.batch * self.here.world / pace
+            self.tell(f"epoch {epoch:.2f}/{epochs:.4g}  step {step}  {terms}  {speed:,.0f} images/s  "
+                      f"{datetime.timedelta(seconds=round(left))} left", live=True)
+            if due:
+                row = {"step": step, "epoch": round(epoch, 4), "lr": lr, **dict.fromkeys(self.columns, "")}
+                self.write({**row, **means, "images_per_second": round(speed, 1)})
+            if not first and left > 86_400 and self.here.device.type == "cpu" and not (self.warned or self.cfg.tiny):
+                self.tell(f"at this pace it takes {left / 86_400:.1f} days on this CPU; --tiny is made for CPUs")
+                self.warned = True
+        self.shown = time.time()
+        if due or first:
+            self.sums, self.logged, self.clock = {} if due else self.sums, step, time.time()
 
     def save(self, step, train, test, model, **parts):
-        """At the end of an epoch or after a signal: encoder.pt, kNN check and pictures if due, then the checkpoint.
+        """At an epoch's or the training's end or after a signal: encoder.pt, check_features and pictures if due, then
+        the checkpoint.
 
-        train, test: (images, labels) of load_images, or None for neither kNN nor images in the pictures; parts: what
-        else the checkpoint holds. Pictures are drawn at most once a minute, and at the end. Raises FloatingPointError
-        if a weight is not finite.
+        train, test: load_images' triples; None: no test images, or neither. parts: what else the checkpoint holds.
+        Pictures are drawn at most once a minute, and at the end. Raises FloatingPointError if a weight is not finite.
         """
         epoch, rest = divmod(step, self.per_epoch)
-        if rest and not self.leaving:
+        if rest and step < self.steps and not self.leaving:
             return
         if self.here.rank == 0:
             if not all(p.isfinite().all() for p in model.parameters()):
-                raise FloatingPointError(f"a weight is not finite at step {step}; last good checkpoint: {self.last()}")
+                raise FloatingPointError(f"a weight is not finite at step {step}; {newest(self.folder)}")
             save_file(model.encoder.state_dict(), self.folder / "encoder.pt")
             if train is not None and not rest and self.cfg.knn_every and epoch % self.cfg.knn_every == 0:
-                knn = online_knn(model.encoder, train, test, self.cfg, self.here)
-                self.write({"step": step, "epoch": epoch, "knn": knn})
-                print(f"{chr(10) * sys.stdout.isatty()}kNN top-1 after epoch {epoch}: {100 * knn:.1f} %", flush=True)
-            if self.leaving or epoch == self.cfg.epochs or time.time() - self.drawn > 60:
-                if test is not None:
-                    eight = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(0))[:8]
-                    images = normalize(resize(test[0][eight].to(self.here.device), self.cfg.img))
-                    masked, prediction = model.reconstruct(images)
-                    draw_images(self.folder / "reconstruction.png",
-                                {"original": images, "masked": masked, model.restored: prediction})
+                found = check_features(model.encoder, train, test, self.cfg, self.here)
+                self.write({"step": step, "epoch": epoch, **found})
+                knn = f"kNN top-1 {100 * found['knn']:.1f} %" if "knn" in found else (
+                    "no kNN without training images of two classes and labelled test images")
+                self.tell(f"after epoch {epoch}: effective rank {found['rank']:.1f}, {knn}")
+            if self.leaving or step == self.steps or time.time() - self.drawn > 60:
+                images, _, aspect = test or train or (None, None, None)
+                if images is not None:
+                    ids = fixed_choice(len(images), 8)
+                    x = normalize(central_crop(images[ids].to(self.here.device), self.cfg.img, aspect[ids]))
+                    draw_images(self.folder / "reconstruction.png", reconstruction_rows(model, x))
                 draw_curves(self.folder / "curves.png", self.rows)
                 self.drawn = time.time()
             save_checkpoint(self.folder / "last.pt", self.method, self.cfg, step, model=model, **parts)
-        self.stopped, self.clock = self.leaving, time.time()
+        self.stopped, self.clock, self.logged = self.leaving, time.time(), step
 
-    def finish(self, following="eval_linear.py"):
-        """Says where everything is and which program is next; returns the folder, or exits with 128 + the signal."""
+    def finish(self, following=("eval_linear.py", "show.py")):
+        """Says where everything is and which programs are next; returns the folder, or exits with 128 + the signal."""
         for sign, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
             signal.signal(sign, usual)
         if self.here.rank == 0:
             seconds, cuda = round(time.time() - self.began), self.here.device.type == "cuda"
             peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory" if cuda else ""
-            following = f"{self.method}.py --resume" if self.stopped else following
-            python = min(sys.executable, os.path.relpath(sys.executable), key=len)
-            print(f"{chr(10) * sys.stdout.isatty()}{'stopped' if self.stopped else 'done'} after "
-                  f"{datetime.timedelta(seconds=seconds)}{peak}; pictures, metrics, checkpoints: {self.folder}")
-            if following:
-                print(f"next: {python} {following} {shlex.quote(str(self.folder))}")
+            self.tell(f"{'stopped' if self.stopped else 'done'} after {datetime.timedelta(seconds=seconds)}{peak}; "
+                      f"pictures, metrics, checkpoints: {self.folder}")
+            again = self.command(f"{self.method}.py --resume", self.here.world)
+            for line in [again] if self.stopped else map(self.command, following):
+                print(f"next: {line}")
         if self.stopped:
             raise SystemExit(128 + self.signal)
         return self.folder

@@ -58,7 +58,7 @@ class Config:
     batch: int = 512  # images per step and per process, Multi-View MAE §4.1.2: in all
     lr: float = 1e-3  # base learning rate, for a batch of 256; ours: MAE's
     wd: float = 0.05  # weight decay; ours: MAE's
-    warmup: int = 5  # epochs of linear warm-up; ours: MAE's
+    warmup: float = 5.0  # epochs of linear warm-up; ours: MAE's
     # run
     data: str = ""  # another data set than the run's: a name or a folder; ours
     root: str = ""  # where data sets are kept, if not where the run had them; ours
@@ -86,7 +86,7 @@ class Config:
         check(0 < self.layer_decay <= 1, "--layer-decay", self.layer_decay, "must be above 0, at most 1")
 
 
-TINY = Config(mixup=0.0, rand_ops=1, drop_path=0.0, crop_min=0.4, epochs=10, batch=64, lr=2e-3, warmup=1, tiny=True)
+TINY = Config(mixup=0.0, rand_ops=1, drop_path=0.0, crop_min=0.4, epochs=10, batch=64, lr=2e-3, warmup=1.0, tiny=True)
 
 
 def labelled(labels, share, seed):
@@ -174,10 +174,10 @@ def train(cfg):
     encoder, others = source.encoder, [name for name, _ in source.named_children() if name != "encoder"]
     del source
     name, root = cfg.data or pre.data, cfg.root or pre.root
-    images, labels = load_images(name, "train", pre.img, root, cfg.workers, pre.seed)
-    test, truth = load_images(name, "test", pre.img, root, cfg.workers, pre.seed)
+    images, labels, aspect = load_images(name, "train", pre.img, root, cfg.workers, pre.seed)
+    test, truth, _ = load_images(name, "test", pre.img, root, cfg.workers, pre.seed)
     classes, kept = class_names(name, root), labelled(labels, cfg.labels, cfg.seed)
-    batches = Batches(images, cfg.batch, cfg.seed, here, among=kept)
+    batches = Batches((images, labels, aspect), cfg.batch, cfg.seed, here, among=kept)
 
     torch.manual_seed(cfg.seed)
     model = Classifier(encoder, len(classes), cfg.drop_path).to(here.device)
@@ -191,13 +191,13 @@ def train(cfg):
     net = torch.compile(net) if cfg.compile else net
     peak = cfg.lr * cfg.batch * here.world / 256                                            # MAE's rule
     optimizer = torch.optim.AdamW(layer_groups(model, cfg.wd, cfg.layer_decay), lr=peak, fused=True)  # MAE's betas
-    steps, warmup = cfg.epochs * len(batches), cfg.warmup * len(batches)
+    steps, warmup = cfg.epochs * len(batches), round(cfg.warmup * len(batches))
 
     run = Run("eval_finetune", cfg, here, len(batches), columns=["test top 1", "test top 5"])
     step = run.resume(model=model, optimizer=optimizer)
     while step < steps and not run.stopped:
         seed_step(cfg.seed, step, here.rank)
-        x = views(batches[step], pre.img, cfg)
+        x = views(batches[step][0], pre.img, cfg)
         targets = F.one_hot(labels[batches.ids(step)], len(classes)).float()                # (B, classes)
         x, targets = mixup(x, targets.to(here.device, non_blocking=True), cfg.mixup, cfg.mixup_alpha)
         with autocast(here.device, cfg.amp):

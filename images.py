@@ -39,7 +39,8 @@ def load_images(data, split, size, root="data", workers=0, seed=0):
     enlarging is the augmentation's work. Raises UserError: a set not to be had, an unreadable image, unknown classes.
     """
     if data == "shapes":
-        return draw_shapes(5_000 if split == "train" else 1_000, min(size, 64), 2 * seed + (split == "test"))
+        images, labels = draw_shapes(5_000 if split == "train" else 1_000, min(size, 64), 2 * seed + (split == "test"))
+        return images, labels, torch.ones(len(images))
     if dist.is_initialized() and dist.get_rank() > 0:
         dist.barrier()  # the first process downloads and decodes, the others find it done
     if data in ("cifar10", "cifar100", "stl10"):
@@ -53,8 +54,7 @@ def load_images(data, split, size, root="data", workers=0, seed=0):
         images, labels = load_folder(folder, split, size, root, workers)
     if dist.is_initialized() and dist.get_rank() == 0:
         dist.barrier()
-    check((labels >= 0).any(), "--data", data, f"the {split} images have no labels")
-    return images, labels.long()
+    return images, labels.long(), torch.ones(len(images))
 
 
 def download(data, split, root):
@@ -186,7 +186,8 @@ class Batches:
     `among`: ids of the images that it runs over, if not all. Images stay on the GPU if they take less than a quarter of
     it; else they stream from memory or the mapped file.
     """
-    def __init__(self, images, batch, seed, here, among=None):
+    def __init__(self, data, batch, seed, here, among=None):
+        images = data[0]
         self.among = torch.arange(len(images)) if among is None else among
         check(batch * here.world <= len(self.among), "--batch", batch,
               f"there are only {len(self.among)} training images")
@@ -207,7 +208,8 @@ class Batches:
 
     def __getitem__(self, step):
         x = self.images[self.ids(step).to(self.images.device, non_blocking=True)]
-        return x if x.device == self.here.device else x.pin_memory().to(self.here.device, non_blocking=True)
+        x = x if x.device == self.here.device else x.pin_memory().to(self.here.device, non_blocking=True)
+        return x, torch.ones(len(x), device=x.device)
 
 
 # Augmentation
@@ -248,6 +250,10 @@ def resize(images, size):
     """The whole images at size×size; nothing random."""
     B, _, H, W = images.shape
     return crop_resize(images, [torch.full((B,), n) for n in (0, 0, H, W)], size)
+
+
+def central_crop(images, size, aspect=None):
+    return resize(images, size)
 
 
 def crop_boxes(B, H, W, scale, ratio):

@@ -33,6 +33,11 @@ def draw_curves(file, rows):
     plt.close(figure)
 
 
+def reconstruction_rows(model, x):
+    masked, prediction = model.reconstruct(x)
+    return {"original": x, "masked": masked, "reconstruction": prediction}
+
+
 def draw_images(file, pictures):
     """One labelled row for each entry of `pictures`: label → normalised images (n, 3, H, W)."""
     n = max(map(len, pictures.values()))

@@ -114,7 +114,7 @@ def show(args):
     if args.images:
         images = own_images(args.images, cfg.img, args.count)
     else:
-        images, _ = load_images(args.data or cfg.data, "test", cfg.img, args.root or cfg.root, cfg.workers, cfg.seed)
+        images, _, _ = load_images(args.data or cfg.data, "test", cfg.img, args.root or cfg.root, cfg.workers, cfg.seed)
         images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:args.count]]
     x = normalize(resize(images.to(here.device), cfg.img))
     model.to(here.device).eval()

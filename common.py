@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 
-from images import (Batches, UserError, adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, check,
-                    class_names, color_jitter, crop_boxes, crop_resize, denormalize, gaussian_blur, load_images,
+from images import (Batches, UserError, adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, central_crop,
+                    check, class_names, color_jitter, crop_boxes, crop_resize, denormalize, gaussian_blur, load_images,
                     normalize, random_grayscale, random_hflip, random_resized_crop, resize)
 from pictures import draw_curves, draw_images
 
@@ -172,12 +172,14 @@ def param_groups(model, wd):
 # Evaluation
 
 @torch.no_grad()
-def extract_features(encoder, images, img, here, amp=True):
-    """encoder.features of uint8 images (N, 3, S, S) resized to img×img: float32 (N, D) on the device."""
+def extract_features(encoder, images, img, here, amp=True, aspect=None):
+    """encoder.features of uint8 images (N, 3, S, S), of width over height `aspect` (N,), cropped by central_crop to
+    img×img: float32 (N, D) on the device."""
     rows = []
-    for x in images.split(250):
+    for ids in torch.arange(len(images)).split(250):
+        x = central_crop(images[ids].to(here.device), img, None if aspect is None else aspect[ids])
         with autocast(here.device, amp):
-            rows.append(encoder.features(normalize(resize(x.to(here.device), img))).float())
+            rows.append(encoder.features(normalize(x)).float())
     return torch.cat(rows)
 
 
@@ -197,12 +199,13 @@ def knn_accuracy(features, labels, queries, query_labels, k=20, tau=0.07):
 
 
 def online_knn(encoder, train, test, cfg, here):
-    """knn_accuracy on the same 5,000 and 1,000 labelled images of load_images' pairs `train` and `test` each time."""
+    """knn_accuracy on the same 5,000 and 1,000 labelled images of load_images' triples `train` and `test` each time."""
     parts = []
-    for (images, labels), n in ((train, 5_000), (test, 1_000)):
+    for (images, labels, aspect), n in ((train, 5_000), (test, 1_000)):
         ids = (labels >= 0).nonzero().flatten()
         ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:n]]
-        parts += [extract_features(encoder, images[ids], cfg.img, here, cfg.amp), labels[ids].to(here.device)]
+        parts.append(extract_features(encoder, images[ids], cfg.img, here, cfg.amp, aspect[ids]))
+        parts.append(labels[ids].to(here.device))
     return knn_accuracy(*parts)
 
 

@@ -507,7 +507,7 @@ def train(cfg):
     here = start_processes(cfg.device)
     data = load_images(cfg.data, "train", cfg.img, cfg.root, cfg.workers, cfg.seed)
     test = load_images(cfg.data, "test", cfg.img, cfg.root, cfg.workers, cfg.seed)
-    batches = Batches(data[0], cfg.batch, cfg.seed, here)
+    batches = Batches(data, cfg.batch, cfg.seed, here)
 
     torch.manual_seed(cfg.seed)
     model, plb = CAMAE(cfg).to(here.device), PLB(cfg.heads).to(here.device)
@@ -524,7 +524,7 @@ def train(cfg):
     drawn = plb.draw(len(batches), cfg.seed, step // len(batches))                          # the epoch's heads
     while step < steps and not run.stopped:
         seed_step(cfg.seed, step, here.rank)
-        view1, view2 = views(batches[step], cfg)
+        view1, view2 = views(batches[step][0], cfg)
         m = drawn[step % len(batches)].view(1)                                              # Eq. 5
         with autocast(here.device, cfg.amp):
             losses = net(view1, view2, m)

@@ -537,7 +537,7 @@ def train(cfg):
     here = start_processes(cfg.device)
     data = load_images(cfg.data, "train", cfg.img, cfg.root, cfg.workers, cfg.seed)
     test = load_images(cfg.data, "test", cfg.img, cfg.root, cfg.workers, cfg.seed)
-    batches, boxes = Batches(data[0], cfg.batch, cfg.seed, here), Boxes(len(data[0]))
+    batches, boxes = Batches(data, cfg.batch, cfg.seed, here), Boxes(len(data[0]))
 
     torch.manual_seed(cfg.seed)
     model = CMAE(cfg).to(here.device)
@@ -555,7 +555,7 @@ def train(cfg):
         if not rest and epoch >= cfg.crop_from and (epoch - cfg.crop_from) % cfg.crop_every == 0:
             boxes.locate(model, data[0], here)                                              # §3.2
         I = boxes.boxes[batches.ids(step)] if epoch >= cfg.crop_from else None              # (B, 4)
-        view1, view2 = views(batches[step], cfg, I)
+        view1, view2 = views(batches[step][0], cfg, I)
         with autocast(here.device, cfg.amp):
             losses = net(view1, view2)
         losses["loss"].backward()

@@ -174,10 +174,10 @@ def train(cfg):
     encoder, others = source.encoder, [name for name, _ in source.named_children() if name != "encoder"]
     del source
     name, root = cfg.data or pre.data, cfg.root or pre.root
-    images, labels = load_images(name, "train", pre.img, root, cfg.workers, pre.seed)
-    test, truth = load_images(name, "test", pre.img, root, cfg.workers, pre.seed)
+    images, labels, aspect = load_images(name, "train", pre.img, root, cfg.workers, pre.seed)
+    test, truth, _ = load_images(name, "test", pre.img, root, cfg.workers, pre.seed)
     classes, kept = class_names(name, root), labelled(labels, cfg.labels, cfg.seed)
-    batches = Batches(images, cfg.batch, cfg.seed, here, among=kept)
+    batches = Batches((images, labels, aspect), cfg.batch, cfg.seed, here, among=kept)
 
     torch.manual_seed(cfg.seed)
     model = Classifier(encoder, len(classes), cfg.drop_path).to(here.device)
@@ -197,7 +197,7 @@ def train(cfg):
     step = run.resume(model=model, optimizer=optimizer)
     while step < steps and not run.stopped:
         seed_step(cfg.seed, step, here.rank)
-        x = views(batches[step], pre.img, cfg)
+        x = views(batches[step][0], pre.img, cfg)
         targets = F.one_hot(labels[batches.ids(step)], len(classes)).float()                # (B, classes)
         x, targets = mixup(x, targets.to(here.device, non_blocking=True), cfg.mixup, cfg.mixup_alpha)
         with autocast(here.device, cfg.amp):

@@ -84,7 +84,7 @@ def evaluate(args):
     data, root = args.data or cfg.data, args.root or cfg.root
     train, test = (load_images(data, split, cfg.img, root, cfg.workers, cfg.seed) for split in ("train", "test"))
     (images, labels), (queries, truth) = ((x[y >= 0], y[y >= 0].to(here.device)) if (y < 0).any() else
-                                          (x, y.to(here.device)) for x, y in (train, test))
+                                          (x, y.to(here.device)) for x, y, _ in (train, test))
     names = class_names(data, root)
     print(f"{cfg.data} → {data}: {len(images):,} training images, {len(queries):,} test images, {len(names)} classes\n"
           f"probe: {', '.join(f'{k} {v}' for k, v in RECIPE.items())}", flush=True)

@@ -504,7 +504,7 @@ def train(cfg):
     here = start_processes(cfg.device)
     data = load_images(cfg.data, "train", cfg.img, cfg.root, cfg.workers, cfg.seed)
     test = load_images(cfg.data, "test", cfg.img, cfg.root, cfg.workers, cfg.seed)
-    batches = Batches(data[0], cfg.batch, cfg.seed, here)
+    batches = Batches(data, cfg.batch, cfg.seed, here)
 
     torch.manual_seed(cfg.seed)
     model = MACRL(cfg).to(here.device)
@@ -518,7 +518,7 @@ def train(cfg):
     step = run.resume(model=model, optimizer=optimizer)
     while step < steps and not run.stopped:
         seed_step(cfg.seed, step, here.rank)
-        clean = clean_views(batches[step], cfg)
+        clean = clean_views(batches[step][0], cfg)
         view1, view2 = corrupt(clean, cfg)
         targets = map(normalize, clean) if cfg.restore == "clean" else ()
         with autocast(here.device, cfg.amp):

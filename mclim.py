@@ -545,7 +545,7 @@ def train(cfg):
     here = start_processes(cfg.device)
     data = load_images(cfg.data, "train", cfg.img, cfg.root, cfg.workers, cfg.seed)
     test = load_images(cfg.data, "test", cfg.img, cfg.root, cfg.workers, cfg.seed)
-    batches = Batches(data[0], cfg.batch, cfg.seed, here)
+    batches = Batches(data, cfg.batch, cfg.seed, here)
 
     torch.manual_seed(cfg.seed)
     model = MCLim(cfg).to(here.device)
@@ -559,7 +559,7 @@ def train(cfg):
     step = run.resume(model=model, optimizer=optimizer)
     while step < steps and not run.stopped:
         seed_step(cfg.seed, step, here.rank)
-        view1, view2 = views(batches[step], cfg)
+        view1, view2 = views(batches[step][0], cfg)
         with autocast(here.device, cfg.amp):
             losses = net(view1, view2)
         losses["loss"].backward()

@@ -19,7 +19,7 @@ from torchvision.utils import draw_bounding_boxes
 from common import (Parser, answer, check, denormalize, draw_images, load_images, normalize, resize,
                     start_processes)
 from eval_linear import load_model
-from images import read_image, square
+from images import squeeze
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 
@@ -98,8 +98,7 @@ def own_images(folder, size, count):
     check(pathlib.Path(folder).is_dir(), "--images", folder, "is not a folder")
     files = sorted(f for f in pathlib.Path(folder).rglob("*") if f.suffix.lower() in SUFFIXES)[:count]
     check(files, "--images", folder, f"holds no image ({' '.join(sorted(SUFFIXES))})")
-    squares = np.stack([square(read_image(f, size), size) for f in files])                  # (n, size, size, 3)
-    return torch.from_numpy(squares).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.stack([squeeze(f, size)[0] for f in files]))
 
 
 def show(args):
@@ -114,7 +113,7 @@ def show(args):
     if args.images:
         images = own_images(args.images, cfg.img, args.count)
     else:
-        images, _ = load_images(args.data or cfg.data, "test", cfg.img, args.root or cfg.root, cfg.workers, cfg.seed)
+        images, *_ = load_images(args.data or cfg.data, "test", cfg.img, args.root or cfg.root, cfg.workers, cfg.seed)
         images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:args.count]]
     x = normalize(resize(images.to(here.device), cfg.img))
     model.to(here.device).eval()

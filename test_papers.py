@@ -428,7 +428,7 @@ def test_boxes_are_located_image_by_image_and_crops_are_plain_before(few, tmp_pa
     assert len(seen) == 2 * 2 * 3                                # two views, two steps, epochs 1 to 3, none in epoch 0
     first, second, third = ({**seen[i], **seen[i + 2]} for i in (0, 4, 8))
     assert first == second != third                                                        # anew in epochs 1 and 3
-    x, _ = cmae.load_images("shapes", "train", 16)
+    x, *_ = cmae.load_images("shapes", "train", 16)
     kept = common.load_checkpoint(tmp_path / "run")["boxes"]["boxes"]
     assert all(third[image.numpy().tobytes()] == box.tolist() for image, box in zip(x, kept))
     model, boxes = build(cfg), cmae.Boxes(32)

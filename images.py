@@ -4,7 +4,7 @@ Image batches are (B, 3, H, W). Crops take uint8 or floats in 0…1 and give flo
 and give. All draw each image's own random numbers on the CPU, where nothing waits for them, and compute on the images'
 device.
 """
-import hashlib, math, os, pathlib, sys
+import contextlib, glob, hashlib, math, os, pathlib, sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,8 +16,10 @@ from torchvision import datasets
 from torchvision.transforms.v2 import functional as TF
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set, so that weights travel
-SETS = ("cifar10", "cifar100", "stl10", "tiny-imagenet")
-TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
+SETS = {"cifar10": (datasets.CIFAR10.url, "163 MB"), "cifar100": (datasets.CIFAR100.url, "161 MB"),
+        "stl10": (datasets.STL10.url, "2.5 GB"),  # the address of each set's archive, and its size
+        "tiny-imagenet": ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "237 MB")}
+KINDS = ".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"  # what counts as an image in a folder
 
 
 class UserError(ValueError):
@@ -33,10 +35,12 @@ def check(ok, flag, value, right):
 # Data
 
 def load_images(data, split, size, root="data", workers=0, seed=0):
-    """Images uint8 (N, 3, S, S) and labels int64 (N,), -1 for unlabelled, of the split "train" or "test".
+    """Images uint8 (N, 3, S, S), labels int64 (N,), aspect float32 (N,) of the split "train" or "test".
 
-    `data` is a name of SETS, "shapes", or a folder. S is `size`, or the set's own side where that is smaller, for
-    enlarging is the augmentation's work. Raises UserError: a set not to be had, an unreadable image, unknown classes.
+    `data` is a name of SETS, "shapes", or a folder. Images are stored whole, squeezed to S×S; aspect is their width
+    over height before that. S is `size`, or the set's own side where that is smaller, for enlarging is the
+    augmentation's work. A label is -1 where an image has none. Returns None where a folder has no test images. Raises
+    UserError: a set not to be had, an unreadable image, unknown classes.
     """
     if data == "shapes":
         images, labels = draw_shapes(5_000 if split == "train" else 1_000, min(size, 64), 2 * seed + (split == "test"))
@@ -49,17 +53,18 @@ def load_images(data, split, size, root="data", workers=0, seed=0):
         images = pixels if data == "stl10" else pixels.permute(0, 3, 1, 2).contiguous()
         if size < images.shape[-1]:
             images = torch.cat([(resize(x, size) * 255).round().byte() for x in images.split(256)])
+        triple = images, labels.long(), torch.ones(len(images))
     else:
         folder = download(data, split, root) if data == "tiny-imagenet" else data
-        images, labels = load_folder(folder, split, size, root, workers)
+        triple = load_folder(folder, split, size, root, workers)
     if dist.is_initialized() and dist.get_rank() == 0:
         dist.barrier()
-    return images, labels.long(), torch.ones(len(images))
+    return triple
 
 
 def download(data, split, root):
     """A set of SETS, fetched into `root` unless it is there: torchvision's data set, or Tiny-ImageNet's folder."""
-    folder = pathlib.Path(root, "tiny-imagenet-200")
+    folder, (address, size) = pathlib.Path(root, "tiny-imagenet-200"), SETS[data]
     try:
         if data == "stl10":
             return datasets.STL10(root, "train+unlabeled" if split == "train" else split, download=True)
@@ -67,62 +72,101 @@ def download(data, split, root):
             kind = datasets.CIFAR10 if data == "cifar10" else datasets.CIFAR100
             return kind(root, split == "train", download=True)
         if not folder.exists():  # unpacked aside and then moved: an interrupted one is never taken for the whole
-            datasets.utils.download_and_extract_archive(TINY_IMAGENET[0], root, f"{folder}.part", md5=TINY_IMAGENET[1])
+            md5 = "90528d7ca1a48142e341f4ef8d21d0de"
+            datasets.utils.download_and_extract_archive(address, root, f"{folder}.part", md5=md5)
             os.replace(pathlib.Path(f"{folder}.part", folder.name), folder)
         return folder
     except (OSError, RuntimeError) as error:
-        raise UserError(f"--data {data}: can't be downloaded ({error}). Without a network: put its archive into "
-                        f"--root {root}, or name a folder of images, or take --data shapes") from error
+        raise UserError(f"--data {data}: can't be downloaded ({' '.join(str(error).split())}). Without a network: put "
+                        f"{address.rsplit('/', 1)[1]} ({size}, from {address}) into the folder --root {root}, or name "
+                        "a folder of images, or take --data shapes") from error
+
+
+def image_files(folder):
+    """(path below the folder, bytes, time of change) of each image in a folder and in those below, sorted by name."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_dir():
+            for path, *facts in image_files(entry):
+                yield os.path.join(entry.name, path), *facts
+        elif entry.name.lower().endswith(KINDS):
+            facts = entry.stat()
+            yield entry.name, facts.st_size, facts.st_mtime_ns
 
 
 def load_folder(folder, split, size, root, workers):
-    """FOLDER/train/CLASS/… and FOLDER/test or val/CLASS/…, decoded once into a memory-mapped file in root/cache."""
+    """load_images of a folder, decoded once into a memory-mapped file in root/cache: 252 GB for ImageNet at S = 256.
+
+    The folder holds train/CLASS/… and test/CLASS/… or val/CLASS/…. Its train/ may stand alone, and may be without
+    classes; where there is no train/, all images in the folder and below are for training. An image outside a class's
+    folder has the label -1; so have all where there is but one class, for that tells nothing: no kNN check is made.
+    """
     folder = pathlib.Path(folder)
-    check((folder / "train").is_dir(), "--data", folder, f"is none of {', '.join(SETS)}, shapes, and no folder that "
-          "holds train/CLASS/IMAGE and test/CLASS/IMAGE")
-    notes = folder / "val" / "val_annotations.txt"  # Tiny-ImageNet's val/: one folder, and a list of its classes
-    is_val = notes.exists() or not (folder / "test").is_dir()
-    place = folder / ("train" if split == "train" else "val" if is_val else "test")
-    if split == "test" and notes.exists():
-        listed = [line.split()[:2] for line in notes.read_text().splitlines()]
-        files, names = [place / "images" / file for file, _ in listed], [name for _, name in listed]
-    else:
-        kinds = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
-        files = sorted(f for f in place.rglob("*") if f.suffix.lower() in kinds)
-        names = [f.relative_to(place).parts[0] for f in files]
+    check(folder.is_dir(), "--data", folder, f"is none of {', '.join(SETS)}, shapes, and no folder of images or of "
+          "train/CLASS/IMAGE and test/CLASS/IMAGE")
+    place, notes = folder / "train", folder / "val" / "val_annotations.txt"  # Tiny-ImageNet's list of val/'s classes
+    if not place.is_dir():
+        place = folder if split == "train" else None
+    elif split == "test":
+        names = ("val/images",) if notes.exists() else ("test", "val")
+        place = next((folder / name for name in names if (folder / name).is_dir()), None)
+    if place is None:
+        return None
+    files = list(image_files(place))
     check(files, "--data", folder, f"{place} holds no images")
     classes = {name: i for i, name in enumerate(class_names(folder, root))}
-    strange = sorted(set(names) - set(classes))
+    if split == "test" and notes.exists():
+        listed = dict(line.split()[:2] for line in notes.read_text().splitlines())
+        names = [listed.get(os.path.basename(path)) for path, *_ in files]
+    else:
+        names = [path.split(os.sep)[0] if os.sep in path else None for path, *_ in files]
+    strange = sorted(set(names) - set(classes) - {None}) if classes else []
     check(not strange, "--data", folder, f"{place} has {strange[:1]}, which is no class of train/")
+    labels = [classes.get(name, -1) if len(classes) > 1 else -1 for name in names]
 
-    side = min(size, max(min(read_image(f, size).size) for f in files[::1 + len(files) // 100]))
-    state = "".join(f"{f.relative_to(folder)} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in files)
+    side = min(size, max(own_side(place / path) for path, *_ in files[::1 + len(files) // 100]))
+    state = "whole\n" + "".join(f"{path} {size} {time}\n" for path, size, time in files)
     place_hash, state_hash = (hashlib.sha256(text.encode()).hexdigest()[:12] for text in (str(folder.resolve()), state))
     cache = pathlib.Path(root, "cache", f"{folder.resolve().name}-{place_hash}-{split}-{side}-")
-    whole = cache.with_name(f"{cache.name}{state_hash}.npy")
-    if not whole.exists():  # its name says which files, of which size and date, it was made from
+    whole = cache.with_name(f"{cache.name}{state_hash}.npy")  # which files, of which size and date, it was made from
+    aspects = whole.with_suffix(".aspect.npy")
+    if not whole.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
-        for old in cache.parent.glob(f"{cache.name}*.npy"):
-            old.unlink()
+        for old in cache.parent.glob(f"{glob.escape(cache.name)}*"):  # of other files, or of a process that was killed
+            if old.suffix != ".part" or not is_running(int(old.suffixes[-2][1:])):
+                with contextlib.suppress(PermissionError):  # Windows keeps a file that is in use
+                    old.unlink()
         part = whole.with_suffix(f".{os.getpid()}.part")
         try:
-            decode(files, place, side, workers, part)
+            np.save(aspects, decode([place / path for path, *_ in files], place, side, workers, part))
             os.replace(part, whole)
         finally:
             part.unlink(missing_ok=True)
-    return torch.from_numpy(np.load(whole, mmap_mode="c")), torch.tensor([classes[name] for name in names])
+    return torch.from_numpy(np.load(whole, mmap_mode="c")), torch.tensor(labels), torch.from_numpy(np.load(aspects))
+
+
+def is_running(process):
+    """Whether another process of this number runs on this machine; False on Windows, where os.kill would end it."""
+    try:
+        if os.name != "nt" and process != os.getpid():
+            os.kill(process, 0)  # 0 sends nothing
+            return True
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return False
 
 
 def decode(files, place, side, workers, target):
-    """Writes the central squares of image files as a uint8 array (N, 3, side, side) to the file `target`."""
+    """Writes image files as a uint8 array (N, 3, side, side) to the file `target`; returns their aspects (N,)."""
     array = np.lib.format.open_memmap(target, "w+", np.uint8, (len(files), 3, side, side))
+    aspects = np.empty(len(files), np.float32)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        for i, image in enumerate(pool.map(lambda f: np.asarray(square(read_image(f, side), side)), files)):
-            array[i] = image.transpose(2, 0, 1)
+        for i, (image, aspect) in enumerate(pool.map(lambda file: squeeze(file, side), files)):
+            array[i], aspects[i] = image, aspect
             if i + 1 == len(files) or sys.stdout.isatty() and i % 500 == 0:
                 start, end = ("\r", "") if sys.stdout.isatty() and i + 1 < len(files) else ("", "\n")
                 print(f"{start}decoding {place}, once: {i + 1:,} of {len(files):,}", end=end, flush=True)
     array.flush()
+    return aspects
 
 
 def class_names(data, root="data"):
@@ -133,29 +177,40 @@ def class_names(data, root="data"):
         return (datasets.CIFAR10 if data == "cifar10" else datasets.CIFAR100)(root).classes
     if data == "stl10":
         return datasets.STL10(root, "test").classes
-    folder = pathlib.Path(root, "tiny-imagenet-200") if data == "tiny-imagenet" else pathlib.Path(data)
-    return sorted(d.name for d in (folder / "train").iterdir() if d.is_dir())
+    train = pathlib.Path(root, "tiny-imagenet-200", "train") if data == "tiny-imagenet" else pathlib.Path(data, "train")
+    return sorted(entry.name for entry in train.iterdir() if entry.is_dir()) if train.is_dir() else []
 
 
-def read_image(file, side):
-    """A file as a PIL image in RGB; a JPEG is decoded no larger than `side` needs. Raises UserError with the path."""
+@contextlib.contextmanager
+def opened(file):
+    """A file as a PIL image, not yet decoded. Raises UserError with the path if it can't be read, then or later."""
     try:
-        image = Image.open(file)
-        image.draft("RGB", (side, side))
-        return image.convert("RGB")
+        with Image.open(file) as image:
+            yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{file}: can't be read as an image ({error}); mend it or take it away") from error
 
 
-def square(image, side):
-    """The central square of a PIL image, side×side."""
-    w, h = image.size
-    s = min(w, h)
-    return image.resize((side, side), Image.BICUBIC, ((w - s) / 2, (h - s) / 2, (w + s) / 2, (h + s) / 2))
+def own_side(file):
+    """The shorter side of an image file, in pixels."""
+    with opened(file) as image:
+        return min(image.size)
 
 
-def draw_shapes(n, side, seed):
-    """Ten classes of form, uint8 (n, 3, side, side) and labels: each has all colours, places, sizes and tilts alike."""
+def squeeze(file, side):
+    """An image file whole, uint8 (3, side, side), and its width over height. Raises UserError if it can't be read."""
+    with opened(file) as image:
+        width, height = image.size
+        image.draft("RGB", (side, side))  # a JPEG is decoded no larger than needed
+        pixels = image.convert("RGB").resize((side, side), Image.BICUBIC)
+        return np.asarray(pixels).transpose(2, 0, 1), width / height
+
+
+def draw_shapes(n, side, seed, masks=False):
+    """Ten classes of form, uint8 (n, 3, side, side) and labels: each has all colours, places, sizes and tilts alike.
+
+    With `masks` also bool (n, side, side): where the form covers at least half of the pixel.
+    """
     forms = (lambda u, v, r, m: r < 0.95, lambda u, v, r, m: (r < 1) & (r > 0.6),
              lambda u, v, r, m: m < 0.8, lambda u, v, r, m: (m < 0.9) & (m > 0.5),
              lambda u, v, r, m: u.abs() + v.abs() < 1.1, lambda u, v, r, m: (v < 0.8) & (2 * u.abs() - 1 < v),
@@ -165,6 +220,7 @@ def draw_shapes(n, side, seed):
              lambda u, v, r, m: (m < 0.9) & (torch.cos(3.5 * torch.pi * v) > 0))
     g, axis = torch.Generator().manual_seed(seed), (torch.arange(2 * side) + 0.5) / side - 1
     images, labels = torch.empty(n, 3, side, side, dtype=torch.uint8), torch.arange(n) % len(forms)
+    covered = torch.empty(n, 1, side, side)
     for kind, form in enumerate(forms):
         mine = labels == kind
         x, y, size, tilt, *colours = torch.rand(7, int(mine.sum()), 1, 1, generator=g)
@@ -174,25 +230,27 @@ def draw_shapes(n, side, seed):
         inside = form(u, v, torch.hypot(u, v), torch.maximum(u.abs(), v.abs())).float()    # drawn at twice the size
         ground = 0.2 + 0.6 * (torch.stack(colours, 1) > 0.5)                               # eight colours
         noise = 0.04 * torch.randn(len(x), 3, side, side, generator=g)
-        image = torch.lerp(ground, 1 - ground, F.avg_pool2d(inside[:, None], 2)) + noise
+        covered[mine] = F.avg_pool2d(inside[:, None], 2)
+        image = torch.lerp(ground, 1 - ground, covered[mine]) + noise
         images[mine] = (image.clamp(0, 1) * 255).byte()
-    return images, labels
+    return (images, labels, covered[:, 0] >= 0.5) if masks else (images, labels)
 
 
 class Batches:
-    """`batches[step]`: this process's share of the images of a step, uint8 (B, 3, S, S) on its device.
+    """`batches[step]`: this process's share of a step's images, uint8 (B, 3, S, S) on its device, and their aspects (B,)
+    on the CPU, where crop_boxes draws.
 
-    An epoch runs over all images in an order that (seed, epoch) alone decides, and leaves out what fills no batch.
-    `among`: ids of the images that it runs over, if not all. Images stay on the GPU if they take less than a quarter of
-    it; else they stream from memory or the mapped file.
+    `data` is a triple of load_images. An epoch runs over all images in an order that (seed, epoch) alone decides, and
+    leaves out what fills no batch. `among`: ids of the images that it runs over, if not all. Images stay on the GPU if
+    they take less than a quarter of it; else they stream from memory or the mapped file.
     """
     def __init__(self, data, batch, seed, here, among=None):
-        images = data[0]
-        self.among = torch.arange(len(images)) if among is None else among
+        self.images, _, self.aspects = data
+        self.among = torch.arange(len(self.images)) if among is None else among
         check(batch * here.world <= len(self.among), "--batch", batch,
               f"there are only {len(self.among)} training images")
         room = torch.cuda.mem_get_info(here.device)[0] // 4 if here.device.type == "cuda" else 0
-        self.images = images.to(here.device) if images.nbytes < room else images
+        self.images = self.images.to(here.device) if self.images.nbytes < room else self.images
         self.batch, self.seed, self.here, self.epoch = batch, seed, here, None
 
     def __len__(self):
@@ -207,79 +265,111 @@ class Batches:
         return self.order[(i * self.here.world + self.here.rank) * self.batch:][:self.batch]
 
     def __getitem__(self, step):
-        x = self.images[self.ids(step).to(self.images.device, non_blocking=True)]
+        ids = self.ids(step)
+        x = self.images[ids.to(self.images.device, non_blocking=True)]
         x = x if x.device == self.here.device else x.pin_memory().to(self.here.device, non_blocking=True)
-        return x, torch.ones(len(x), device=x.device)
+        return x, self.aspects[ids]
 
 
 # Augmentation
 
 def normalize(images):
     """0…1 to ImageNet's mean 0 and standard deviation 1."""
-    mean, std = (torch.tensor(v).to(images.device, non_blocking=True)[:, None, None] for v in (MEAN, STD))
-    return images.sub(mean).div_(std)
+    factor, shift = torch.tensor([[1 / s for s in STD], [-m / s for m, s in zip(MEAN, STD)]]).to(
+        images.device, non_blocking=True)[..., None, None]                                 # (3, 1, 1) each
+    return (images * factor).add_(shift)
 
 
 def denormalize(images):
     """The inverse of `normalize`, cut to 0…1."""
-    mean, std = (torch.tensor(v).to(images.device, non_blocking=True)[:, None, None] for v in (MEAN, STD))
-    return (images * std + mean).clamp(0, 1)
+    mean, std = torch.tensor([MEAN, STD]).to(images.device, non_blocking=True)[..., None, None]  # (3, 1, 1) each
+    return (images * std).add_(mean).clamp_(0, 1)
 
 
-def resize_weights(start, length, size, n):
-    """(B, size, n): how row o of a linear resize of [start, start + length) to `size` weighs the n input pixels.
+def resize_weights(start, length, size, n, kernel="linear"):
+    """(B, size, n): how row o of a resize of [start, start + length) to `size` weighs the n input pixels.
 
-    A triangle as wide as an output pixel, but no narrower than an input pixel: antialiasing when it shrinks.
+    The kernel, a triangle ("linear") or Keys' cubic with a = -1/2 ("bicubic"), is measured in output pixels, but no
+    narrower than in input pixels: antialiasing when it shrinks.
     """
-    start, scale, pixel = start[:, None, None], length[:, None, None] / size, torch.arange(n, device=start.device)
-    centre = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * scale - 0.5
-    weights = (1 - (pixel - centre).abs() / scale.clamp(min=1)).clamp(min=0)
-    weights = weights * ((pixel >= start) & (pixel < start + length[:, None, None]))
-    return weights / weights.sum(2, keepdim=True)
+    pixel, row = (torch.arange(k, device=start.device) for k in (n, size))
+    start, length = start[:, None, None], length[:, None, None]
+    scale, inside = length / size, (pixel >= start) & (pixel < start + length)             # (B, 1, n)
+    width, centre = scale.clamp(min=1), start + (row[:, None] + 0.5) * scale - 0.5         # (B, size, 1)
+    pixel = torch.where(inside, pixel / width, 1e6)  # what is outside is out of reach
+    x = (pixel - centre / width).abs_()                                                    # (B, size, n)
+    if kernel == "bicubic":
+        weights = torch.where(x < 1, (1.5 * x - 2.5) * x ** 2 + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2).mul_(x < 2)
+    else:
+        weights = x.neg_().add_(1).clamp_(min=0)
+    return weights.div_(weights.sum(2, keepdim=True))
 
 
-def crop_resize(images, boxes, size):
-    """Crops boxes (top, left, height, width: each int64 (B,), in pixels) and resizes them to (B, 3, size, size)."""
-    top, left, height, width = (b.to(images.device, non_blocking=True) for b in boxes)
-    rows = resize_weights(top, height, size, images.shape[2])[:, None]                     # (B, 1, size, H)
-    columns = resize_weights(left, width, size, images.shape[3])[:, None]                  # (B, 1, size, W)
-    return rows @ (images / 255 if images.dtype == torch.uint8 else images) @ columns.mT   # (B, 3, size, size)
+def crop_resize(images, boxes, size, kernel="linear"):
+    """Crops boxes (top, left, height, width: each int64 (B,), in pixels) and resizes them to (B, 3, size, size).
+
+    `kernel` is "linear" or "bicubic", as in resize_weights; what a cubic overshoots is cut to 0…1.
+    """
+    (B, _, H, W), boxes = images.shape, torch.stack(tuple(boxes)).to(images.device, non_blocking=True)  # (4, B)
+    weights = resize_weights(*boxes.view(2, -1), size, max(H, W), kernel)                  # (2B, size, max(H, W))
+    rows, columns = weights[:B, None, :, :H], weights[B:, :, :W]                           # (B, 1, size, H)
+    if images.dtype == torch.uint8:
+        images, rows = images.float(), rows / 255
+    out = ((rows @ images).flatten(1, 2) @ columns.mT).unflatten(1, (3, size))             # (B, 3, size, size)
+    return out.clamp_(0, 1) if kernel == "bicubic" else out
 
 
 def resize(images, size):
     """The whole images at size×size; nothing random."""
     B, _, H, W = images.shape
-    return crop_resize(images, [torch.full((B,), n) for n in (0, 0, H, W)], size)
+    return crop_resize(images, [torch.full((B,), n, device=images.device) for n in (0, 0, H, W)], size)
 
 
 def central_crop(images, size, aspect=None):
-    return resize(images, size)
-
-
-def crop_boxes(B, H, W, scale, ratio):
-    """B boxes (top, left, height, width) by RandomResizedCrop's laws, within H×W pixels.
-
-    Area uniform in `scale`, log aspect uniform in log `ratio`, place uniform; the first of ten tries that fits.
+    """Evaluation's crop, (B, 3, size, size): a central square of the true images, whose `aspect` (B,) is None if they
+    were not squeezed; its side is min(1, size / S) of their shorter one, as 224 of 256. Nothing random.
     """
-    area, aspect = H * W * torch.empty(B, 10).uniform_(*scale), torch.empty(B, 10).uniform_(*map(math.log, ratio)).exp()
-    width, height = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
-    fits = (width >= 1) & (width <= W) & (height >= 1) & (height <= H)
-    first = fits.int().argmax(1, keepdim=True)
-    width = torch.where(fits.any(1), width.gather(1, first)[:, 0], W)
-    height = torch.where(fits.any(1), height.gather(1, first)[:, 0], H)
-    return (torch.rand(B) * (H - height + 1)).long(), (torch.rand(B) * (W - width + 1)).long(), height, width
+    B, _, H, W = images.shape
+    shape = (torch.full((B,), W / H) if aspect is None else aspect).to(images.device)      # width over height
+    share = min(1, size / min(H, W))
+    height = (H * share * shape.clamp(max=1)).round().long().clamp(min=1)
+    width = (W * share / shape.clamp(min=1)).round().long().clamp(min=1)
+    return crop_resize(images, ((H - height) // 2, (W - width) // 2, height, width), size)
 
 
-def random_resized_crop(images, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
-    """A random box of each image, resized to (B, 3, size, size)."""
-    return crop_resize(images, crop_boxes(len(images), *images.shape[2:], scale, ratio), size)
+def crop_boxes(B, H, W, scale, ratio, aspect=None):
+    """B boxes (top, left, height, width: each int64 (B,)) by RandomResizedCrop's laws, within H×W stored pixels.
+
+    Area uniform in `scale`, log of width over height uniform in log `ratio`, place uniform; the first of ten tries that
+    fits, else the largest central box whose width over height lies in `ratio`. `aspect` (B,) is the true images' width
+    over height, if they were squeezed to H×W: the laws hold in true proportions, and the boxes are on its device.
+    """
+    area, shape = H * W * torch.empty(B, 10).uniform_(*scale), torch.empty(B, 10).uniform_(*map(math.log, ratio)).exp()
+    draws = torch.cat([area, shape, torch.rand(B, 1), torch.rand(B, 1)], 1)
+    whole = torch.full((B,), W / H) if aspect is None else aspect                          # width over height
+    area, shape, down, right = draws.to(whole.device, non_blocking=True).split((10, 10, 1, 1), 1)
+    stretch = (whole * (H / W))[:, None]  # of a stored pixel: width over height
+    width, height = (area * shape / stretch).sqrt().round().long(), (area / shape * stretch).sqrt().round().long()
+    fits, near = (width >= 1) & (width <= W) & (height >= 1) & (height <= H), whole.clamp(*ratio)
+    first, found = fits.int().argmax(1, keepdim=True), fits.any(1)
+    width = torch.where(found, width.gather(1, first)[:, 0], (W * (near / whole).clamp(max=1)).round().long())
+    height = torch.where(found, height.gather(1, first)[:, 0], (H * (whole / near).clamp(max=1)).round().long())
+    top = torch.where(found, (down[:, 0] * (H - height + 1)).long(), (H - height) // 2)
+    left = torch.where(found, (right[:, 0] * (W - width + 1)).long(), (W - width) // 2)
+    return top, left, height, width
+
+
+def random_resized_crop(images, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), aspect=None, kernel="linear"):
+    """A random box of each image, resized to (B, 3, size, size); arguments as in crop_boxes and crop_resize."""
+    return crop_resize(images, crop_boxes(len(images), *images.shape[2:], scale, ratio, aspect), size, kernel)
 
 
 def apply_to(images, chosen, change, *values):
     """Replaces, in place, the images where `chosen` (bool (B,), on the CPU) by change(these images, their values)."""
     ids = chosen.nonzero().flatten()
     if len(ids):
-        where, *values = (v.to(images.device, non_blocking=True) for v in (ids, *(v[ids] for v in values)))
+        where, *values = torch.stack([ids, *(v[ids] for v in values)]).to(images.device, non_blocking=True)
+        where = where.long()
         images.index_copy_(0, where, change(images[where], *values))
     return images
 
@@ -320,23 +410,30 @@ def adjust_hue(images, factor):
     """Turns the hue by `factor` (B,) of the colour circle, -0.5…0.5."""
     r, g, b = images.unbind(1)
     high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
-    chroma, red, green = high - low, high == r, high == g
-    hue = torch.where(red, g - b, torch.where(green, b - r, r - g)) / chroma.clamp(min=1e-9)
-    hue += torch.where(red, 0.0, torch.where(green, 2.0, 4.0)) + 6 * factor[:, None, None]  # in sixths of the circle
-    hue -= 6 * (hue / 6).floor_()                                                          # 0 … 6
-    pure = torch.stack(((hue - 3).abs_() - 1, 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()), 1).clamp_(0, 1)
-    return torch.addcmul(low[:, None], chroma[:, None], pure)                              # red at 0, green 2, blue 4
+    chroma = high - low
+    sixths = torch.where(high == r, g - b, torch.where(high == g, (b - r).add_(chroma, alpha=2),
+                                                       (r - g).add_(chroma, alpha=4)))     # of the circle, times chroma
+    hue = sixths.div_(6 * chroma.clamp(min=1e-9)).add_(factor[:, None, None])              # (B, H, W), 0: red
+    apart = hue[:, None] - torch.arange(3, device=hue.device)[:, None, None] / 3           # from red, green and blue
+    pure = apart.sub_(apart.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)                  # (B, 3, H, W)
+    return pure.mul_(chroma[:, None]).add_(low[:, None])
 
 
 def color_jitter(images, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8):
     """With probability p the four changes in random order, factors uniform in 1 ± strength (hue: 0 ± strength)."""
     B, changes = len(images), (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
     factors = [torch.empty(B).uniform_(max(0, 1 - s), 1 + s) for s in (brightness, contrast, saturation)]
-    factors.append(torch.empty(B).uniform_(-hue, hue))
-    order, chosen, images = torch.rand(B, 4).argsort(1), torch.rand(B) < p, images.clone()
-    for turn in range(4):
-        for i, change in enumerate(changes):
-            images = apply_to(images, chosen & (order[:, turn] == i), change, factors[i])
+    factors = torch.stack([*factors, torch.empty(B).uniform_(-hue, hue)])                  # (4, B)
+    order = torch.rand(B, 4).argsort(1).T                                                  # (4, B): each turn's change
+    ids, images = (torch.rand(B) < p).nonzero().flatten(), images.clone()
+    ids = ids[order[:, ids].argsort(1)]                                                    # (4, n): each turn's images
+    kinds = order.gather(1, ids)                                                           # (4, n): sorted
+    sent = torch.stack([ids, factors[kinds, ids]]).to(images.device, non_blocking=True)    # (2, 4, n)
+    for turn, where, values in zip(kinds, sent[0].long(), sent[1]):
+        counts = turn.bincount(minlength=4).tolist()
+        for change, mine, factor in zip(changes, where.split(counts), values.split(counts)):
+            if len(mine):
+                images.index_copy_(0, mine, change(images[mine], factor))
     return images
 
 

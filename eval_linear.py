@@ -1,27 +1,41 @@
-"""How good is what was learned: kNN and a linear probe on the frozen encoder of any method's run.
+"""How good is what was learned: kNN, a linear and an attentive probe on the frozen encoder of any method's run.
 
     python eval_linear.py runs/mclim-DATE-TIME                 a run, or one of its checkpoints (last.pt, previous.pt)
     python eval_linear.py RUN --baselines                      beside it the untrained encoder and raw pixels
     python eval_linear.py RUN --data stl10                     on another set than it was trained on
+    python eval_linear.py RUN --seeds 3                        probes from three seeds: mean ± standard deviation
 
-`features` of all images are computed once, without augmentation. kNN: the 20 nearest training images by cosine vote
-with weight exp(cosine / 0.07). Linear probe: features standardised by the training images' mean and deviation, then
-one linear layer, by the fixed recipe below; the last epoch counts, no choice is made on the test images.
+All labelled images are seen without augmentation, by the usual central crop.
+kNN: the 20 nearest training images by cosine vote with weight exp(cosine / 0.07).
+Linear probe: `features` standardised by the training images' mean and deviation, then one linear layer.
+Attentive probe: `tokens` of the last block, standardised; a learned query q weighs an image's N tokens x_n by
+softmax(q·x_n / √D), and a linear layer reads their weighted mean. (Projections to keys and values would add nothing:
+the query and the linear layer can hold them.) It begins as the linear probe of the mean token. Masked modelling spreads
+what it knows over the tokens, and a probe of an average misses some of it (arXiv 2506.10178).
+Either probe follows its fixed recipe below; the last epoch counts, no choice is made on the test images.
+Effective rank: of the training images' features, how many directions they spread over (arXiv 2210.02885); without
+labels it is all there is to compute. Near 1, a contrast has collapsed.
 Writes eval_linear.json and confusion.png (with --data, eval_linear-DATA.json and confusion-DATA.png) beside the
 checkpoint.
 """
-import argparse, importlib, json, pathlib, sys, time
+import argparse, importlib, itertools, json, pathlib, statistics, sys, time
+from dataclasses import replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (Parser, UserError, answer, check, class_names, cosine_lr, extract_features, knn_votes,
-                    load_checkpoint, load_images, resize, start_processes)
+from common import (Parser, UserError, answer, autocast, central_crop, check, class_names, cosine_lr, effective_rank,
+                    extract_features, knn_votes, load_checkpoint, load_data, normalize, start_processes)
 from pictures import draw_confusion
 
-RECIPE = {"optimizer": "AdamW", "lr": 2e-3, "weight_decay": 1e-4, "batch": 256, "epochs": 100, "schedule": "cosine",
-          "kNN": "k 20, cosine, temperature 0.07"}
+RECIPES = {"kNN": {"k": 20, "similarity": "cosine", "temperature": 0.07},
+           "linear": {"optimizer": "AdamW", "lr": 2e-3, "weight_decay": 1e-4, "batch": 256, "epochs": 100,
+                      "schedule": "cosine"},
+           "attentive": {"optimizer": "AdamW", "lr": 5e-3, "weight_decay": 1e-4, "batch": 256, "epochs": 10,
+                         "least_steps": 2_000, "schedule": "cosine"}}
+HEADS = "kNN top-1", "top-5", "linear top-1", "top-5", "attentive top-1", "top-5"
+HELD = 16e9  # bytes of tokens that are held in memory, at most
 
 
 def model_class(module):
@@ -29,23 +43,92 @@ def model_class(module):
     return next(value for name, value in vars(module).items() if name.lower() == module.__name__)
 
 
-def load_model(file, trained=True, seed=None):
-    """The model of a checkpoint, or with trained=False the same from `seed` (None: its own), and its Config. Raises
-    UserError."""
-    state = load_checkpoint(file)
-    method = state["method"]
+def build_model(method, config, file, seed=None):
+    """The untrained model of a method's `config` (a dict), from `seed` (None: its own), and its Config. Raises
+    UserError, which names the `file` that these were read from."""
     check(pathlib.Path(__file__).with_name(f"{method}.py").exists(), "checkpoint", file, f"is of an unknown {method}")
     module = importlib.import_module(method)
     check(hasattr(module, "Encoder"), "checkpoint", file, f"is of {method}.py, not of a pre-training")
     try:
-        cfg = module.Config(**state["config"])
+        cfg = module.Config(**config)
     except TypeError as error:
         raise UserError(f"checkpoint {file}: its settings are not those of this {method}.py ({error})") from error
     torch.manual_seed(cfg.seed if seed is None else seed)
-    model = model_class(module)(cfg)
+    return model_class(module)(cfg), cfg
+
+
+def load_model(file, trained=True, seed=None):
+    """The model of a checkpoint, or with trained=False the same from `seed` (None: its own), and its Config. Raises
+    UserError."""
+    state = load_checkpoint(file)
+    model, cfg = build_model(state["method"], state["config"], file, seed)
     if trained:
-        load_checkpoint(file, method, model=model)
+        load_checkpoint(file, state["method"], model=model)
     return model, cfg
+
+
+class Tokens:
+    """`tokens[ids]`: the patch tokens float32 (B, N, D) of the images `ids` (B,), standardised in each of the D.
+
+    encode: ids (B,) → tokens (B, N, D); n: how many images there are; like: other Tokens, whose mean and deviation are
+    taken (else those of 1,000 images). Tokens are held in memory, in half precision, if they take at most HELD bytes;
+    else they are computed anew each time.
+    """
+    def __init__(self, encode, n, like=None):
+        self.encode, self.n, self.held = encode, n, None
+        few = encode(torch.linspace(0, n - 1, min(n, 1_000)).long()).float()  # evenly spaced: classes may come in order
+        self.mean, self.std = (like.mean, like.std) if like else (few.mean((0, 1)), few.std((0, 1)).clamp(min=1e-6))
+        self.shape, self.gigabytes = (n, *few.shape[1:]), 2 * n * few[0].numel() / 1e9
+        if self.gigabytes <= HELD / 1e9:
+            self.held = torch.empty(self.shape, dtype=torch.float16)
+            for ids in torch.arange(n).split(250):
+                self.held[ids] = self.standardised(ids).half().cpu()
+
+    def standardised(self, ids):
+        return (self.encode(ids).float() - self.mean) / self.std
+
+    def __getitem__(self, ids):
+        return self.standardised(ids) if self.held is None else self.held[ids].to(self.mean.device).float()
+
+    def __len__(self):
+        return self.n
+
+    def __str__(self):
+        place = "held in half precision" if self.held is not None else "too many to hold, computed at each step"
+        return f"{self.shape[0]:,} × {self.shape[1]} × {self.shape[2]} tokens, {self.gigabytes:.1f} GB, {place}"
+
+
+def tokens_of(encoder, parts, img, here, amp=True):
+    """Tokens of the training images and of the test images, `parts` of load_data, cropped to img×img."""
+    @torch.no_grad()
+    def encode(images, aspect, ids):
+        tokens = []
+        for part in ids.split(250):
+            x = normalize(central_crop(images[part].to(here.device), img, aspect[part]))
+            with autocast(here.device, amp):
+                tokens.append(encoder.tokens(x))
+        return torch.cat(tokens)
+    (known, _, aspect), (asked, _, asked_aspect) = parts
+    own = Tokens(lambda ids: encode(known, aspect, ids), len(known))
+    return own, Tokens(lambda ids: encode(asked, asked_aspect, ids), len(asked), like=own)
+
+
+def train_probe(probe, inputs, labels, recipe, loss=F.cross_entropy, progress=""):
+    """Trains `probe` on inputs[ids] and labels[ids] as `recipe` says, with more epochs where these have fewer than its
+    least_steps; returns it in evaluation."""
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=recipe["lr"], weight_decay=recipe["weight_decay"], fused=True)
+    per_epoch, step = -(-len(inputs) // recipe["batch"]), 0
+    epochs = max(recipe["epochs"], -(-recipe.get("least_steps", 0) // per_epoch))
+    for epoch in range(epochs):
+        for ids in torch.randperm(len(inputs)).split(recipe["batch"]):
+            optimizer.param_groups[0]["lr"] = cosine_lr(step, epochs * per_epoch, 0, recipe["lr"])
+            optimizer.zero_grad()
+            loss(probe(inputs[ids]), labels[ids]).backward()
+            optimizer.step()
+            step += 1
+        if sys.stdout.isatty():
+            print(f"\r\033[K{progress}, epoch {epoch + 1} of {epochs}", end="", flush=True)
+    return probe.eval().requires_grad_(False)
 
 
 def linear_probe(features, labels, queries, classes, seed=0, progress=""):
@@ -55,19 +138,29 @@ def linear_probe(features, labels, queries, classes, seed=0, progress=""):
     features, queries = (features - mean) / std, (queries - mean) / std
     layer = nn.Linear(features.shape[1], classes, device=features.device)
     nn.init.zeros_(layer.weight)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=RECIPE["lr"], weight_decay=RECIPE["weight_decay"], fused=True)
-    per_epoch = -(-len(features) // RECIPE["batch"])
-    for epoch in range(RECIPE["epochs"]):
-        order = torch.randperm(len(features), device=features.device)
-        for i, ids in enumerate(order.split(RECIPE["batch"])):
-            step = epoch * per_epoch + i
-            optimizer.param_groups[0]["lr"] = cosine_lr(step, RECIPE["epochs"] * per_epoch, 0, RECIPE["lr"])
-            optimizer.zero_grad()
-            F.cross_entropy(layer(features[ids]), labels[ids]).backward()
-            optimizer.step()
-        if sys.stdout.isatty():
-            print(f"\r\033[K{progress}: linear probe, epoch {epoch + 1} of {RECIPE['epochs']}", end="", flush=True)
-    return layer(queries).detach()
+    return train_probe(layer, features, labels, RECIPES["linear"], progress=f"{progress}: linear probe")(queries)
+
+
+class AttentiveProbe(nn.Module):
+    """Tokens (B, N, D) → class scores (B, classes): a linear layer of their mean, weighted by softmax(q·x_n / √D)."""
+    def __init__(self, dim, classes):
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(dim))
+        self.head = nn.Linear(dim, classes)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x):
+        weights = (x @ self.query / x.shape[2] ** 0.5).softmax(1)  # (B, N)
+        return self.head((weights[:, None] @ x)[:, 0])
+
+
+def attentive_probe(tokens, labels, queries, classes, seed=0, progress=""):
+    """Class scores (Q, classes) of `queries`, Q of Tokens, by an AttentiveProbe trained on `tokens`, N of them, and
+    labels (N,)."""
+    torch.manual_seed(seed)
+    probe = AttentiveProbe(tokens.shape[2], classes).to(labels.device)
+    train_probe(probe, tokens, labels, RECIPES["attentive"], progress=f"{progress}: attentive probe")
+    return torch.cat([probe(queries[ids]) for ids in torch.arange(len(queries)).split(250)])
 
 
 def top(scores, labels, k):
@@ -77,53 +170,106 @@ def top(scores, labels, k):
     return round(100 * hit.double().mean().item(), 2)
 
 
+def labelled_only(part):
+    """A triple of load_images without the images that have no label; None for None, or where none has one."""
+    if part is None or (part[1] < 0).all():
+        return None
+    return tuple(x[part[1] >= 0] for x in part) if (part[1] < 0).any() else part
+
+
+def beside(run, name, data):
+    """Where an evaluation is written: `name` beside the checkpoint, with the name of `data` in it, if it is not ""."""
+    folder, name = pathlib.Path(run), pathlib.Path(name)
+    suffix = f"-{pathlib.Path(data).name}" if data else ""
+    return (folder if folder.is_dir() else folder.parent) / f"{name.stem}{suffix}{name.suffix}"
+
+
+def measure(bank, labels, asked, truth, tokens, classes, seeds, name):
+    """{column: its figure for each of `seeds`}, in percent, of kNN and the probes, and the first linear probe's guess
+    (Q,).
+
+    bank (N, D), asked (Q, D): features of the labelled images and of those in question; tokens: the same as two Tokens,
+    or None for no attentive probe.
+    """
+    votes = knn_votes(bank, labels, asked)
+    votes = votes.masked_fill(votes == 0, -torch.inf)  # a class without a vote is no guess
+    found, guess = {"knn_top1": [top(votes, truth, 1)], "knn_top5": [top(votes, truth, 5)]}, None
+    for seed in seeds:
+        scores = {"linear": linear_probe(bank, labels, asked, classes, seed, name)}
+        guess = scores["linear"].argmax(1) if guess is None else guess
+        if tokens:
+            scores["attentive"] = attentive_probe(tokens[0], labels, tokens[1], classes, seed, name)
+        for probe, k in itertools.product(scores, (1, 5)):
+            found.setdefault(f"{probe}_top{k}", []).append(top(scores[probe], truth, k))
+    return found, guess
+
+
 def evaluate(args):
     """Does what the command line asks and returns what is written to eval_linear.json. Raises UserError."""
+    check(args.seeds >= 1, "--seeds", args.seeds, "must be at least 1")
     began, here = time.time(), start_processes(args.device)
     model, cfg = load_model(args.run)
     data, root = args.data or cfg.data, args.root or cfg.root
-    train, test = (load_images(data, split, cfg.img, root, cfg.workers, cfg.seed) for split in ("train", "test"))
-    (images, labels), (queries, truth) = ((x[y >= 0], y[y >= 0].to(here.device)) if (y < 0).any() else
-                                          (x, y.to(here.device)) for x, y, _ in (train, test))
-    names = class_names(data, root)
-    print(f"{cfg.data} → {data}: {len(images):,} training images, {len(queries):,} test images, {len(names)} classes\n"
-          f"probe: {', '.join(f'{k} {v}' for k, v in RECIPE.items())}", flush=True)
+    parts = load_data(replace(cfg, data=data, root=root, images=0))
+    known = [labelled_only(part) for part in parts]
+    probed = all(known) and len(known[0][1].unique()) > 1
+    if probed:
+        names, parts = class_names(data, root), known
+        labels, truth = (part[1].to(here.device) for part in parts)
+        print(f"{cfg.data} → {data}: {len(labels):,} training images, {len(truth):,} test images, {len(names)} "
+              f"classes, probes from {args.seeds} seed{'s' * (args.seeds > 1)}")
+        for name, recipe in RECIPES.items():
+            print(f"{name + ':':10} {', '.join(f'{k} {v}' for k, v in recipe.items())}", flush=True)
+    else:
+        parts = parts[:1]
+        print(f"{cfg.data} → {data}: {len(parts[0][0]):,} training images. Their effective rank needs no labels; kNN "
+              "and probes need labelled training and test images of two classes or more, in a folder train/CLASS/IMAGE "
+              "and test/CLASS/IMAGE: name such a set with --data", flush=True)
 
-    def features(model):
-        model.to(here.device).eval()
-        return [extract_features(model.encoder, x, cfg.img, here, args.amp) for x in (images, queries)]
-
-    def pixels():
+    def pixels(images, aspect):
         side = min(32, images.shape[2])
-        return [torch.cat([resize(part, side).flatten(1) for part in x.split(250)]).to(here.device)
-                for x in (images, queries)]
+        ids = torch.arange(len(images)).split(250)
+        return torch.cat([central_crop(images[i].to(here.device), side, aspect[i]) for i in ids]).flatten(1)
 
-    subjects = {"trained encoder": lambda: features(model)}
+    encoders = {"trained encoder": model.encoder}
     if args.baselines:
-        subjects["untrained encoder"] = lambda: features(load_model(args.run, trained=False)[0])
-        subjects["raw pixels"] = pixels
-    rows = {}
-    print(f"{'':18} {'kNN top-1':>10} {'top-5':>7} {'linear top-1':>13} {'top-5':>7}")
-    for name, subject in subjects.items():
-        bank, asked = subject()
-        votes = knn_votes(bank, labels, asked)
-        votes = votes.masked_fill(votes == 0, -torch.inf)  # a class without a vote is no guess
-        scores = linear_probe(bank, labels, asked, len(names), cfg.seed, name)
-        if not rows:
-            guess = scores.argmax(1).cpu()
-        row = [top(votes, truth, 1), top(votes, truth, 5), top(scores, truth, 1), top(scores, truth, 5)]
-        rows[name] = dict(zip(("knn_top1", "knn_top5", "linear_top1", "linear_top5"), row))
-        print(f"{chr(13) + chr(27) + '[K' if sys.stdout.isatty() else ''}{name:18} {row[0]:10} {row[1]:7} {row[2]:13} "
-              f"{row[3]:7}", flush=True)
+        encoders |= {"untrained encoder": load_model(args.run, trained=False)[0].encoder, "raw pixels": None}
+    rows, each, ranks, guesses = {}, {}, {}, []
+    print(f"{'':18}{''.join(f'{head:>15}' for head in HEADS) * probed}{'rank':>8}")
+    for name, encoder in encoders.items():
+        if encoder is None:
+            features, tokens = [pixels(images, aspect) for images, _, aspect in parts], None
+        else:
+            encoder.to(here.device).eval()
+            features = [extract_features(encoder, images, cfg.img, here, args.amp, aspect)
+                        for images, _, aspect in parts]
+            ranks[name] = round(effective_rank(features[0]), 2)
+            tokens = tokens_of(encoder, parts, cfg.img, here, args.amp) if probed and args.attentive else None
+        found = {}
+        if probed:
+            seeds = range(cfg.seed, cfg.seed + args.seeds)
+            found, guess = measure(features[0], labels, features[1], truth, tokens, len(names), seeds, name)
+            guesses.append(guess.cpu())
+        rows[name] = {column: round(statistics.mean(values), 2) for column, values in found.items()}
+        each[name] = {column: values for column, values in found.items() if len(values) > 1}
+        told = [spread(found.get(f"{kind}_top{k}")) for kind in ("knn", "linear", "attentive") for k in (1, 5)]
+        print(f"{chr(13) + chr(27) + '[K' if sys.stdout.isatty() else ''}{name:18}"
+              f"{''.join(f'{text:>15}' for text in told) * probed}{ranks.get(name, '-'):>8}", flush=True)
 
-    folder = pathlib.Path(args.run) if pathlib.Path(args.run).is_dir() else pathlib.Path(args.run).parent
-    suffix = f"-{pathlib.Path(data).name}" if args.data else ""
-    report = {"checkpoint": str(args.run), "data": data, "recipe": RECIPE, "percent": rows,
-              "seconds": round(time.time() - began, 1)}
-    (folder / f"eval_linear{suffix}.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw_confusion(folder / f"confusion{suffix}.png", truth.cpu(), guess, names, "linear probe")
-    print(f"{report['seconds']} s; written: eval_linear{suffix}.json and confusion{suffix}.png in {folder}")
+    report = {"checkpoint": str(args.run), "data": data, "recipes": RECIPES, "percent": rows, "of each seed": each,
+              "effective_rank": ranks, "seconds": round(time.time() - began, 1)}
+    file, picture = (beside(args.run, name, args.data) for name in ("eval_linear.json", "confusion.png"))
+    file.write_text(json.dumps(report, indent=1) + "\n")
+    if probed:
+        draw_confusion(picture, truth.cpu(), guesses[0], names, "linear probe")
+    print(f"{report['seconds']} s; written: {file}{f' and {picture.name}' * probed}")
     return report
+
+
+def spread(values):
+    """"mean ± standard deviation" of figures, the figure alone if there is one, "-" if there is none."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if values and len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}" if values else "-"
 
 
 def main(argv=None):
@@ -133,6 +279,9 @@ def main(argv=None):
     parser.add_argument("--data", default="", help="another data set than the run's: a name or a folder")
     parser.add_argument("--root", default="", help="where data sets are kept, if not where the run had them")
     parser.add_argument("--baselines", action="store_true", help="also the untrained encoder and raw pixels")
+    parser.add_argument("--seeds", type=int, default=1, help="probes from so many seeds (default: 1)")
+    parser.add_argument("--attentive", action=argparse.BooleanOptionalAction, default=True,
+                        help="the attentive probe, which takes the longest")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 where it is there")
     return answer("eval_linear.py", lambda: evaluate(parser.parse_args(argv)))

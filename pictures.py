@@ -3,51 +3,68 @@ import re
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
+from matplotlib.patches import Patch
 
 from images import denormalize
 
 matplotlib.use("Agg")  # draws to files, on machines without a screen too
 
+TITLES = {"knn": "kNN top-1 in %", "rank": "effective rank", "lr": "learning rate", "test top": "test accuracy in %"}
+
 
 def draw_curves(file, rows):
     """One panel for each column of metrics.csv, over epochs; those that differ in a last number or letter share one."""
-    panels, titles = {}, {"knn": "kNN top-1", "lr": "learning rate", "test top": "test accuracy in %"}
+    panels = {}
     for name in list(rows[0])[2:]:
-        points = [(float(row["epoch"]), float(row[name])) for row in rows if row.get(name, "") != ""]
+        scale = 100 if name == "knn" else 1
+        points = [(float(row["epoch"]), scale * float(row[name])) for row in rows if row.get(name, "") != ""]
         if points:
             panels.setdefault(re.sub(r" \w\w?$", "", name), {})[name] = points
-    columns, rows_of_panels = min(len(panels), 5), -(-len(panels) // 5)
-    figure, axes = plt.subplots(rows_of_panels, columns, figsize=(3.2 * columns, 2.8 * rows_of_panels),
-                                squeeze=False, layout="constrained")
-    for axis in axes.flat[len(panels):]:
-        axis.set_axis_off()
-    for axis, (title, lines) in zip(axes.flat, panels.items()):
-        for name, points in lines.items():
-            axis.plot(*zip(*points), marker="." if len(points) < 20 else None, label=name)
-        if len(lines) > 1:
-            axis.legend(fontsize="xx-small", ncols=2)
-        axis.set(title=titles.get(title, title.replace("_", " ")), xlabel="epoch")
-        axis.grid(alpha=0.3)
+    lines = np.array_split(list(panels), -(-len(panels) // 5))  # of at most five panels, and no two much unlike
+    figure = plt.figure(figsize=(3.2 * len(lines[0]), 2.8 * len(lines)), layout="constrained")
+    for part, titles in zip(figure.subfigures(len(lines), squeeze=False)[:, 0], lines):
+        for axis, title in zip(part.subplots(1, len(titles), squeeze=False)[0], titles):
+            for name, points in panels[title].items():
+                axis.plot(*zip(*points), marker="." if len(points) < 20 else None, label=name)
+            if len(panels[title]) > 1:
+                axis.legend(fontsize="xx-small", ncols=2)
+            axis.set(title=TITLES.get(title, title.replace("_", " ")), xlabel="epoch")
+            axis.grid(alpha=0.3)
     figure.savefig(file, dpi=100)
     plt.close(figure)
 
 
+def restored_label(model):
+    """What pictures call that which `model` restores."""
+    return "reconstruction" + "\n(each patch given its\ntrue mean and contrast)" * model.cfg.norm_pixels
+
+
 def reconstruction_rows(model, x):
+    """Rows for draw_images: normalised images x (n, 3, H, W), what of them the model sees, and what it restores."""
     masked, prediction = model.reconstruct(x)
-    return {"original": x, "masked": masked, "reconstruction": prediction}
+    return {"original": x, "masked": masked, restored_label(model): prediction}
 
 
-def draw_images(file, pictures):
-    """One labelled row for each entry of `pictures`: label → normalised images (n, 3, H, W)."""
-    n = max(map(len, pictures.values()))
-    figure, axes = plt.subplots(len(pictures), n, figsize=(1.3 * n + 1.2, 1.35 * len(pictures)), squeeze=False,
-                                layout="constrained")
-    for row, (label, images) in zip(axes, pictures.items()):
+def draw_images(file, rows, names=(), legend={}):
+    """One labelled row for each entry of `rows`: label → n normalised images (3, H, W), each of its own H and W.
+
+    names: of the columns, written under them; legend: label → colour (3,), 0…1, written under all.
+    """
+    n = max(map(len, rows.values()))
+    figure, axes = plt.subplots(len(rows), n, squeeze=False, layout="constrained",
+                                figsize=(1.3 * n + 1.2, 1.35 * len(rows) + 0.3 * bool(names) + 0.6 * bool(legend)))
+    for row, (label, images) in zip(axes, rows.items()):
         row[0].set_ylabel(label, rotation=0, ha="right", va="center")
-        for axis, image in zip(row, denormalize(images.float().cpu())):
-            axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+        for axis, image in zip(row, images):
+            axis.imshow(denormalize(image.float().cpu()).permute(1, 2, 0).numpy(), interpolation="nearest")
         plt.setp(row, xticks=[], yticks=[])
+    for axis, name in zip(axes[-1], names):
+        axis.set_xlabel(name if len(name) < 19 else f"{name[:9]}…{name[-8:]}", fontsize="x-small")
+    if legend:
+        patches = [Patch(color=colour, label=label) for label, colour in legend.items()]
+        figure.legend(handles=patches, loc="outside lower center", ncols=6, fontsize="small", frameon=False)
     figure.savefig(file, dpi=100)
     plt.close(figure)
 

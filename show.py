@@ -3,52 +3,60 @@
     python show.py runs/mvmae-DATE-TIME                        on test images of its data set
     python show.py RUN --images DIR --out FILE                 on the image files in DIR, drawn to FILE.png, .pdf, …
 
-Rows: the images, masked, and restored; where the last block's attention goes (from the class token, or from the mean
-query where there is none), mean over its heads, over the image and alone, and each head alone. Each map is stretched:
-black is its least, light yellow its most. Then what only the run's method has: CMAE's boxes and crops, MACRL's
-branches, CAMAE's masks. Writes show.png beside the checkpoint.
+Rows: the whole images, where the model sees only their central squares; these, masked, and restored; the first three
+principal components of the patches' tokens, of all images shown together, as red, green and blue: patches of one
+colour are alike to the model; where the last block's attention goes (from the class token, or from the mean query where
+there is none), mean over its heads, over the image and alone, and each head alone. Each map is stretched: black is its
+least, light yellow its most. Then what only the run's method has: CMAE's boxes and crops, MACRL's branches, CAMAE's
+masks. What is transparent in your images is white. Writes show.png beside the checkpoint.
 """
 import pathlib, sys
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torchvision.utils import draw_bounding_boxes
 
-from common import (Parser, answer, check, denormalize, draw_images, load_images, normalize, resize,
+from common import (Parser, answer, central_crop, check, denormalize, draw_images, load_data, normalize,
                     start_processes)
 from eval_linear import load_model
-from images import read_image, square
+from images import read_image
+from pictures import reconstruction_rows, restored_label
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 
 
 # Panels: (model, normalised images (n, 3, H, W)) → rows of the picture, label → normalised images (n, 3, H, W)
 
-def reconstruction_panel(model, x):
-    """The images, what of them the model saw, and what it restored."""
-    masked, prediction = model.reconstruct(x)
-    return {"original": x, "masked": masked, model.restored: prediction}
+def tokens_panel(model, x):
+    """The first three principal components of the patches' tokens of all images."""
+    tokens = model.encoder.tokens(x).float()  # (n, N, D)
+    components = principal_components(tokens)  # (n, N, 3)
+    low, high = components.flatten(0, 1).quantile(torch.tensor([0.01, 0.99], device=x.device), 0)  # (3) each
+    colours = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)  # (n, N, 3)
+    return {"tokens: their first\nthree principal\ncomponents": normalize(patches_to_image(colours, x))}
 
 
 def attention_panel(model, x):
     """The last block's attention: the mean over its heads, over the image and alone, then each head."""
-    attention = model.encoder.attention(x)                                                  # (n, K, N)
-    mean = heat_map(attention.mean(1), x.shape[2])                                          # (n, 3, H, W)
+    attention = attention_maps(model.encoder, x)  # (n, K, N)
+    mean = heat_map(attention.mean(1), x)  # (n, 3, H, W)
     rows = {"attention,\nmean over heads,\nover the image": 0.35 * denormalize(x) + 0.65 * mean,
             "mean over heads\n(black least,\nyellow most)": mean}
-    rows |= {f"head {k + 1}": heat_map(attention[:, k], x.shape[2]) for k in range(attention.shape[1])}
+    rows |= {f"head {k + 1}": heat_map(attention[:, k], x) for k in range(attention.shape[1])}
     return {label: normalize(row) for label, row in rows.items()}
 
 
 def crop_panel(model, x):
     """CMAE's heat map M and box I over the image, and three crops around it; of this model, as if computed anew."""
     cmae, cfg = sys.modules[type(model).__module__], model.cfg
-    heat, images = model.heat(x), denormalize(x)                                            # (n, side, side), 0…1
-    boxes = cmae.semantic_boxes(heat, cfg.k).cpu()                                          # (n, 4)
-    over = 0.5 * images + 0.5 * heat_map(heat.flatten(1), x.shape[2])
-    corners = (boxes[:, None, [1, 0, 3, 2]] * (x.shape[2] - 1)).round()                     # (n, 1, 4) x, y, x, y
+    heat, images = model.heat(x), denormalize(x)  # (n, side, side), 0…1
+    boxes = cmae.semantic_boxes(heat, cfg.k).cpu()  # (n, 4)
+    over = 0.5 * images + 0.5 * heat_map(heat.flatten(1), x)
+    corners = (boxes[:, None, [1, 0, 3, 2]] * (x.shape[2] - 1)).round()  # (n, 1, 4) x, y, x, y
     over = [draw_bounding_boxes(image, box, colors="cyan") for image, box in zip(over.cpu(), corners)]
     rows = {"heat map and box": torch.stack(over).to(x.device)}
     for i in range(3):
@@ -58,10 +66,10 @@ def crop_panel(model, x):
 
 def idm_panel(model, x):
     """What each head's IDM mask leaves of the images."""
-    camae, attention = sys.modules[type(model).__module__], model.encoder.attention(x)      # (n, K, N)
+    camae, attention = sys.modules[type(model).__module__], model.encoder.attention(x)  # (n, K, N)
     rows = {}
     for k in range(attention.shape[1]):
-        mask = camae.idm_mask(attention[:, k], model.cfg.mask)                              # (n, N)
+        mask = camae.idm_mask(attention[:, k], model.cfg.mask)  # (n, N)
         patches = camae.patchify(x, model.cfg.patch).masked_fill(mask[:, :, None], 0)
         rows[f"left by the mask\nof head {k + 1}"] = camae.unpatchify(patches, model.cfg.patch)
     return rows
@@ -75,31 +83,87 @@ def branch_panel(model, x):
         target = normalize(target) if model.cfg.restore == "clean" else view
         masked, prediction = model.reconstruct(view, branch, target)
         rows |= {f"branch {branch}:\nview": view, f"branch {branch}:\nmasked": masked,
-                 f"branch {branch}:\n{model.restored}": prediction, f"branch {branch}:\ntarget": target}
+                 f"branch {branch}:\n{restored_label(model)}": prediction, f"branch {branch}:\ntarget": target}
     return rows
 
 
-PANELS = {"every method": [reconstruction_panel, attention_panel], "cmae": [crop_panel], "macrl": [branch_panel],
-          "camae": [idm_panel]}
+PANELS = {"every method": [reconstruction_rows, tokens_panel, attention_panel], "cmae": [crop_panel],
+          "macrl": [branch_panel], "camae": [idm_panel]}
 
 
-def heat_map(values, size):
-    """Values (n, N) of the patches of square images as colours 0…1, (n, 3, size, size), from their least to most."""
+# What the panels show
+
+def attention_maps(encoder, x):
+    """How the last block of any method's encoder attends to the patches of normalised images (n, 3, H, W): (n, K, N).
+
+    Of each of the K heads the softmax over all tokens of the class token's query, or of the tokens' mean query where
+    there is no class token. By content alone: without Swin's windows, and its and HiViT's biases for place.
+    """
+    attention = [module for module in encoder.modules() if hasattr(module, "qkv")][-1]
+    entering = []
+    hook = attention.register_forward_pre_hook(lambda module, args: entering.append(args[0]))
+    try:
+        encoder.features(x)
+    finally:
+        hook.remove()
+    tokens = entering[0].flatten(1, -2)  # (n, N, D); Swin has (n, h, w, D)
+    heads = getattr(attention, "heads", None) or attention.num_heads  # K; torchvision's name in Swin
+    q, k, _ = attention.qkv(tokens).float().unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (n, K, N, d)
+    has_class_token = hasattr(encoder, "cls_token")
+    q = q[:, :, :1] if has_class_token else q.mean(2, keepdim=True)  # (n, K, 1, d)
+    maps = ((q * k).sum(3) / k.shape[3] ** 0.5).softmax(2)  # (n, K, N), or one more
+    return maps[:, :, 1:] if has_class_token else maps
+
+
+def principal_components(tokens):
+    """The first three principal components of tokens (n, N, D), n and N taken together: (n, N, 3)."""
+    centred = tokens.flatten(0, 1) - tokens.mean((0, 1))  # (n·N, D)
+    directions = torch.linalg.eigh(centred.mT @ centred).eigenvectors  # (D, D), least variance first
+    return (centred @ directions[:, -3:].flip(1)).unflatten(0, tokens.shape[:2])
+
+
+def patches_to_image(colours, x):
+    """Colours (n, N, 3) of the patches of square images x (n, 3, H, W) → (n, 3, H, W)."""
+    side = int(colours.shape[1] ** 0.5)
+    return F.interpolate(colours.mT.unflatten(2, (side, side)), x.shape[2:])
+
+
+def heat_map(values, x):
+    """Values (n, N) of the patches of square images x (n, 3, H, W) as colours 0…1, (n, 3, H, W), from their least to
+    most."""
     low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
-    scaled = (values - low) / (high - low).clamp(min=1e-12)                                 # 0…1
-    colours = torch.from_numpy(plt.get_cmap("inferno")(scaled.cpu().numpy())[..., :3])      # (n, N, 3)
-    side = int(values.shape[1] ** 0.5)
-    colours = colours.mT.unflatten(2, (side, side)).float()                                 # (n, 3, side, side)
-    return F.interpolate(colours, (size, size)).to(values.device)
+    scaled = (values - low) / (high - low).clamp(min=1e-12)  # 0…1
+    colours = torch.from_numpy(plt.get_cmap("inferno")(scaled.cpu().numpy())[..., :3]).float()  # (n, N, 3)
+    return patches_to_image(colours.to(x.device), x)
 
 
-def own_images(folder, size, count):
-    """The first `count` image files in `folder`: their central squares, uint8 (n, 3, size, size). Raises UserError."""
+# Images
+
+def on_white(file):
+    """An image file upright in RGB, what is transparent in it white. Raises UserError."""
+    read_image(file, 1 << 16)  # says what is wrong with it
+    with Image.open(file) as image:
+        image = ImageOps.exif_transpose(image).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def own_images(folder, side, count):
+    """The first `count` image files in `folder`, as load_images has images: uint8 (n, 3, side, side) and their aspect
+    (n,); and the files' names. Raises UserError."""
     check(pathlib.Path(folder).is_dir(), "--images", folder, "is not a folder")
     files = sorted(f for f in pathlib.Path(folder).rglob("*") if f.suffix.lower() in SUFFIXES)[:count]
     check(files, "--images", folder, f"holds no image ({' '.join(sorted(SUFFIXES))})")
-    squares = np.stack([square(read_image(f, size), size) for f in files])                  # (n, size, size, 3)
-    return torch.from_numpy(squares).permute(0, 3, 1, 2)
+    pictures = [on_white(file) for file in files]
+    squeezed = np.stack([p.resize((side, side), Image.Resampling.BICUBIC) for p in pictures])  # (n, side, side, 3)
+    aspect = torch.tensor([p.width / p.height for p in pictures])
+    return torch.from_numpy(squeezed).permute(0, 3, 1, 2), aspect, [file.name for file in files]
+
+
+def whole(image, aspect):
+    """A squeezed uint8 image (3, S, S) in its own proportions, normalised, its longer side S."""
+    S = image.shape[1]
+    size = [max(1, round(S * min(1, 1 / aspect))), max(1, round(S * min(1, aspect)))]
+    return normalize(F.interpolate(image[None] / 255, size, mode="bilinear", antialias=True)[0])
 
 
 def show(args):
@@ -111,19 +175,24 @@ def show(args):
     check(file.suffix in (".png", ".pdf", ".svg"), "--out", file, "must end in .png, .pdf or .svg")
     here = start_processes(args.device)
     model, cfg = load_model(args.run)
+    names = ()
     if args.images:
-        images = own_images(args.images, cfg.img, args.count)
+        images, aspect, names = own_images(args.images, cfg.store or round(cfg.img * 8 / 7), args.count)
     else:
-        images, _, _ = load_images(args.data or cfg.data, "test", cfg.img, args.root or cfg.root, cfg.workers, cfg.seed)
-        images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:args.count]]
-    x = normalize(resize(images.to(here.device), cfg.img))
+        train, test = load_data(replace(cfg, data=args.data or cfg.data, root=args.root or cfg.root, images=0))
+        images, _, aspect = test or train
+        ids = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:args.count]
+        images, aspect = images[ids], aspect[ids]
+    x = normalize(central_crop(images.to(here.device), cfg.img, aspect))
     model.to(here.device).eval()
     torch.manual_seed(args.seed)
     rows = {}
+    if images.shape[2] > cfg.img or (aspect != 1).any():
+        rows["whole image\n(the model sees\nits centre)"] = [whole(image, a) for image, a in zip(images, aspect.tolist())]
     with torch.no_grad():
         for panel in PANELS["every method"] + PANELS.get(type(model).__module__, []):
             rows.update(panel(model, x))
-    draw_images(file, rows)
+    draw_images(file, rows, names)
     print(f"written: {file}")
     return file
 

@@ -1,7 +1,7 @@
 """Multi-View MAE: Seungbin Ji, Sangkwon Han and Jongtae Rhee, "Multi-View Masked Autoencoder for General Image
 Representation", Applied Sciences 13(22), 12413, 2023, doi:10.3390/app132212413.
 
-Two crops of an image are masked by 80 % and restored by one masked autoencoder. The latents of what is visible are
+Two crops of an image are masked by 80 % and reconstructed by one masked autoencoder. The latents of what is visible are
 contrasted: those of one image attract, those of different images repel each other. Masking is the strong augmentation
 that the contrast needs, so the views are cropped and flipped, and nothing else.
 
@@ -16,17 +16,18 @@ One training step on B images of N patches, V of them visible, D the width of a 
     L_c = NT-Xent(z1, z2)                                  # Eq. 4–6   a number
     step of AdamW on L_r + λ·L_c for f, g                  # Eq. 7
 
-What may change the result, because the paper does not say it: which vector of the latent is contrasted (--pool),
-whether pixels are normalised patch by patch, MAE's better row (--norm-pixels), whether Eq. 3 counts the visible patches
-(--pixels), the temperature (--tau: 0.07 is said to be SimCLR's and is MoCo's), how crops are made (--crop-min,
---kernel), and which --mask and --decoder-depth stand behind a table's figure. No projection head: none is named.
+What may change the result, because the paper does not say it: which vector of the latent is contrasted (--pool), without
+a projection head, for none is named; whether pixels are normalised patch by patch (--norm-pixels); whether Eq. 3 counts
+visible patches (--pixels) and is a mean (--pixels all --lam 1.3e-5 weighs as the printed sum); the temperature (--tau:
+0.07 is said to be SimCLR's and is MoCo's); how crops are made (--crop-min, --kernel); which --mask and --decoder-depth
+stand behind a table's figure.
 
     python mvmae.py --data PATH                              the paper's ImageNet-1K in PATH, for GPUs
     python mvmae.py --tiny --data shapes                     a first look on a laptop
     python eval_finetune.py runs/mvmae-DATE-TIME             what became of it; then eval_linear.py, show.py
 
-Measured: --tiny, 6 epochs of CIFAR-10 (JPEG): kNN 54.2 %, linear probe 53.3 % (untrained 33.6, 43.6; MAE in the same
-time 44.0, 54.8); loss FIRSTEPOCH after the first. MAE by flags, every other choice, and the tables: papers/mvmae.md.
+Measured: FIRSTEPOCH
+MAE by flags, every other choice, symbol and misprint, and the paper's tables: papers/mvmae.md.
 """
 import math, sys
 from collections import OrderedDict
@@ -54,7 +55,7 @@ class Config:
     targets: Literal["two", "same", "one"] = "two"  # target views: two, one masked twice (Table 6), one (MAE)
     pool: Literal["mean", "cls"] = "mean"  # the vector of Eq. 4: the patches' mean (a choice made here), or class token
     pixels: Literal["masked", "all"] = "masked"  # Eq. 3 over the masked patches (MAE's), or over all
-    norm_pixels: bool = False  # restore each patch at mean 0, deviation 1 (MAE's better row); no: as Eq. 3 reads
+    norm_pixels: bool = False  # Eq. 3 of patches at mean 0, deviation 1 (MAE's better row); no: as views are
     crop_min: float = 0.2  # smallest crop, share of the area; MAE's
     kernel: Literal["linear", "bicubic"] = "linear"  # how crops are resized; a choice made here, MAE's is bicubic
     # model
@@ -89,7 +90,7 @@ class Config:
     workers: int = 0  # threads that decode a folder, 0 for one a core
     log_every: int = 20  # steps between rows of metrics.csv
     knn_every: int = 10  # epochs between kNN checks, 0 for none
-    tiny: bool = False  # a size for a laptop: minutes on a CPU
+    tiny: bool = False  # a size for a laptop
 
     def __post_init__(self):
         check_config(self)
@@ -243,7 +244,7 @@ def train(cfg):
 
 
 
-# Parts. K heads, d = D/K channels of each; width: the decoder's D.
+# Parts. K heads, each d = D/K wide; width: the decoder's D.
 
 class Gather(torch.autograd.Function):
     """(B, D) → (world·B, D). Backward sums a row's gradients over the processes: all have the same loss of it, and the
@@ -326,7 +327,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, N, d) each, d = D/K
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, N, d) each
         return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 

@@ -16,7 +16,7 @@ One training step on B images of N patches, V of them visible, D the width of a 
     L_c = NT-Xent(z1, z2)                                  # Eq. 4–6   a number
     step of AdamW on L_r + λ·L_c for f, g                  # Eq. 7
 
-What may change the result, because the paper does not say it: which vector of the latent is contrasted (--pool), without
+What may change the result, because the paper does not say it: which vector of a latent is contrasted (--pool), without
 a projection head, for none is named; whether pixels are normalised patch by patch (--norm-pixels); whether Eq. 3 counts
 visible patches (--pixels) and is a mean (--pixels all --lam 1.3e-5 weighs as the printed sum); the temperature (--tau:
 0.07 is said to be SimCLR's and is MoCo's); how crops are made (--crop-min, --kernel); which --mask and --decoder-depth

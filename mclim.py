@@ -1,31 +1,30 @@
 """MCLim: Feng Xin and Li Xinwei, "The contrastive learning algorithm based on masked image modeling", Academic Journal
 of Computing & Information Science 7(5), 2024, doi:10.25236/AJCIS.2024.070513.
 
-One branch sees a masked view of an image and restores it; a second branch sees another view whole. One projection T
-serves both tasks: its outputs, rearranged, are the restored pixels, and their mean is the vector that is contrasted.
-The contrastive loss leaves the positive pair out of its denominator (DCL), which keeps it useful at a batch of 16.
+One branch sees a masked view of an image and reconstructs it; a second branch sees another view whole. One projection T
+serves both tasks: its outputs, rearranged, are the reconstructed pixels, and their mean (a choice made here) is what is
+contrasted. The loss leaves the positive pair out of its denominator (DCL), so that it depends less on large batches.
 
 One training step on B images of N patches, D the width of a token, P the number of values of a patch:
-    view1, view2 = crop(images), recolour(crop(images))     # §2.1        (B, 3, 224, 224)
-    mask = 60 % of the patches, drawn at random             # §2.2        (B, N)
-    tokens1 = F1(view1, its masked patches replaced)        # Eq. 1       (B, N, D)
-    tokens2 = F2(view2)                                     # Eq. 2       (B, N, D)
-    Z1, Z2 = T1(tokens1), T2(tokens2)                       # Eq. 3, 5    (B, N, P)
-    L1 = MSE(PixelShuffle(Z1), view1), masked patches only  # Eq. 4, 6    a number
-    L2 = DCL(Z1.mean(1), Z2.mean(1))                        # Eq. 8, 9    a number, from vectors (B, P)
-    step of AdamW on λ·L1 + L2 for F1, T1                   # Eq. 10
-    F2, T2 ← m·(F2, T2) + (1 - m)·(F1, T1)                  # §2, "twin": one reading of it
+    view1, view2 = crop(images), augment_colour(crop(images))     # §2.1      (B, 3, 224, 224)
+    mask = 60 % of the patches, drawn at random                   # §2.2      (B, N)
+    tokens1 = F1(view1, its masked patches replaced by a vector)  # Eq. 1     (B, N, D)
+    Z1 = T1(tokens1)                                              # Eq. 3     (B, N, P)
+    L1 = MSE(PixelShuffle(Z1), normalised view1), where masked    # Eq. 4, 6  a number
+    Z2 = T2(F2(view2)), without gradient                          # Eq. 2, 5  (B, N, P)
+    L2 = DCL(Z1.mean(1), Z2.mean(1))                              # Eq. 8, 9  a number, of vectors (B, P)
+    step of AdamW on λ·L1 + L2 for F1, T1 and the vector          # Eq. 10
+    F2, T2 ← m·(F2, T2) + (1 - m)·(F1, T1)                        # "twin", read as MoCo v3's momentum average
 
-What may change the result, because the paper does not say it: how branch 2 learns (--target, --momentum: 0.99 averages
-over no more than 69 steps at a batch of 16), the base rate (--lr: 1e-3, seven times MAE's), the temperature (--tau),
-what "normalized pixels" are (--norm-pixels), whether masked tokens count in z1 (--pool), and how accuracy is measured:
-by every sign the encoder is fine-tuned, so eval_finetune.py comes first and the linear probe second.
+What may change the result, because the paper does not say it: how branch 2 learns (--target), with which momentum
+(--momentum: 0.99 halves its memory every 69 steps at first, 2 % of an epoch), the base rate (--lr: seven times MAE's),
+the temperature (--tau), what "normalized pixels" are (--norm-pixels), which tokens make z1 (--pool), whether Eq. 6 sums
+or averages over a patch's P pixel values (--lam 768 has the sum), and what accuracy means: probably fine-tuning.
 
     python mclim.py --epochs 100 --batch 16                  the paper's experiment, for a GPU
     python mclim.py --tiny --data shapes                     a first look on a laptop
     python eval_finetune.py runs/mclim-DATE-TIME             what became of it; then eval_linear.py, show.py
-
-Measured: --tiny, 6 epochs of CIFAR-10 (JPEG): kNN 44.4 %, linear probe 49.5 % (untrained 33.7, 43.5).
+Measured: FIRSTEPOCH
 Every other choice, symbol and misprint, and the paper's tables: papers/mclim.md.
 """
 import copy, math, sys
@@ -40,9 +39,9 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.swin_transformer import SwinTransformer
 
-from common import (Batches, Run, autocast, check, check_above, check_config, check_share, color_jitter, cosine_lr,
-                    gaussian_blur, init_encoders, launch, load_data, normalize, param_groups, random_grayscale,
-                    random_resized_crop, recompute, schedule, seed_step, start_processes)
+from common import (Batches, Run, autocast, check, check_above, check_config, check_least, check_share, color_jitter,
+                    cosine_lr, gaussian_blur, init_encoders, launch, load_data, normalize, param_groups,
+                    random_grayscale, random_resized_crop, recompute, schedule, seed_step, start_processes)
 
 
 @dataclass
@@ -52,12 +51,12 @@ class Config:
     mask: float = 0.6  # share of the blocks that is masked, §3.2
     lam: float = 1.0  # λ, weight of the reconstruction, Table 5; 0 leaves it out
     tau: float = 0.2  # τ, temperature; the paper gives none, MoCo v3's
-    contrast: Literal["dcl", "infonce", "none"] = "dcl"  # L₂: Eq. 9, Eq. 7, or no second branch
+    contrast: Literal["dcl", "infonce", "none"] = "dcl"  # L₂: Eq. 9, Eq. 7, or no branch 2
     l1: Literal["pre", "rec"] = "pre"  # L₁ over the masked patches or over all, Table 4
-    norm_pixels: bool = True  # "normalized pixels", §2.5: each patch to mean 0, deviation 1 (MAE's); no: as views are
-    pool: Literal["all", "visible"] = "all"  # z1 is the mean over all tokens, or over those that were not masked
+    norm_pixels: bool = True  # "normalized pixels", §2.5: each patch to mean 0, deviation 1; no: ImageNet's channels
+    pool: Literal["all", "visible"] = "all"  # z1 is the mean over all tokens, or over visible ones alone
     target: Literal["momentum", "shared"] = "momentum"  # branch 2: average of branch 1 (MoCo v3's), or the same weights
-    momentum: float = 0.99  # of that average, rising to 1 by a cosine; MoCo v3's
+    momentum: float = 0.99  # of branch 2's average, rising to 1 by a cosine; MoCo v3's
     crop_min: float = 0.65  # smallest crop, share of the area, §2.1
     crop_max: float = 0.9  # largest crop, share of the area, §2.1
     jitter: float = 0.8  # probability of colour jitter in view 2, Table 2
@@ -70,7 +69,7 @@ class Config:
     dim: int = 768  # width D of the ViT, from Table 1's 43.12 M; Swin begins dim/6 wide, HiViT ends 2/3 dim wide
     depth: int = 6  # blocks of the ViT, Table 1; of Swin's third stage; HiViT's third stage has 4 more
     heads: int = 12  # heads K of the ViT: ViT-Base's (Swin has 32 channels a head, HiViT 64)
-    freeze_patch: bool = True  # the patch embedding stays as it was drawn, §2.3
+    freeze_patch: bool = True  # the patch embedding keeps its initial weights, §2.3
     head: Literal["linear", "mlp", "vit"] = "mlp"  # projection layer T, Table 3
     hidden: float = 4.0  # hidden width of T's MLP, in widths of the encoder: a transformer block's
     # optimisation
@@ -96,15 +95,16 @@ class Config:
     workers: int = 0  # threads that decode a folder, 0 for one a core
     log_every: int = 20  # steps between rows of metrics.csv
     knn_every: int = 10  # epochs between kNN checks, 0 for none
-    tiny: bool = False  # a size for a laptop: minutes on a CPU
+    tiny: bool = False  # a size for a laptop
 
     def __post_init__(self):
         check_config(self)
         block = self.patch if self.backbone == "vit" else 2 * self.patch
         check(self.img % block == 0, "--img", self.img, f"must be a multiple of the mask block, {block}")
-        n = (self.img // block) ** 2
-        check(self.mask == self.lam == 0 or 0 < round(self.mask * n) < n and self.mask < 1, "--mask", self.mask,
-              f"must lie between 0 and 1 and leave some of {n} blocks masked and some visible (0 with --lam 0)")
+        check_least(self, 0, "lam")
+        blocks = (self.img // block) ** 2
+        check(self.mask == self.lam == 0 or 0 < round(self.mask * blocks) < blocks, "--mask", self.mask,
+              f"must lie between 0 and 1 and leave some of {blocks} blocks masked and some visible (0 with --lam 0)")
         check(self.contrast == "none" or self.batch >= 2, "--batch", self.batch,
               "must be at least 2, or there are no negatives")
         check(self.contrast != "none" or self.lam > 0, "--lam", self.lam, "and --contrast none leave nothing to learn")
@@ -120,8 +120,8 @@ class Config:
 TINY = Config(img=32, patch=4, dim=192, depth=4, heads=3, epochs=8, batch=128, warmup=1.0, knn_every=1, tiny=True)
 
 
-# The paper, §2. B images, N patches or tokens, D width of a token, P = 3·p·p values of the p×p pixels that a token
-# restores, n mask blocks a side; (world·B) are the images of all processes.
+# The paper, §2. B images, N patches or tokens, D width of a token, P = 3·s·s values of the s×s pixels that a token
+# reconstructs, N_b blocks of the mask (in the ViT each is a patch); (world·B) are the images of all processes.
 
 def views(images, cfg, aspect=None):
     """Two crops of each image, the second with its colours changed. §2.1
@@ -144,11 +144,11 @@ def random_mask(B, N, ratio, device=None):
     return order < round(ratio * N)
 
 
-def spread(mask, grid):
-    """The mask of n×n blocks, (B, n·n), for the grid×grid patches inside them: (B, grid·grid). §2.2"""
-    n = math.isqrt(mask.shape[1])
-    mask = mask.unflatten(1, (n, n)).repeat_interleave(grid // n, 1).repeat_interleave(grid // n, 2)
-    return mask.flatten(1)
+def repeat_blocks(mask, grid):
+    """The mask of blocks, (B, N_b), repeated for the grid×grid patches inside them: (B, grid·grid). §2.2"""
+    side = math.isqrt(mask.shape[1])
+    mask = mask.unflatten(1, (side, side))
+    return mask.repeat_interleave(grid // side, 1).repeat_interleave(grid // side, 2).flatten(1)
 
 
 class MCLim(nn.Module):
@@ -159,9 +159,9 @@ class MCLim(nn.Module):
         self.encoder = (Encoder(cfg) if cfg.backbone == "vit" else  # F₁ of the paper, the part that is kept
                         SwinEncoder(cfg) if cfg.backbone == "swin" else HiViTEncoder(cfg))
         self.encoder.patch_embed.requires_grad_(not cfg.freeze_patch)  # §2.3
-        self.blocks = cfg.img // (cfg.patch if cfg.backbone == "vit" else 2 * cfg.patch)  # n
+        self.N_b = (cfg.img // (cfg.patch if cfg.backbone == "vit" else 2 * cfg.patch)) ** 2  # blocks of the mask
         self.mask_token = nn.Parameter(torch.zeros(self.encoder.embed_dim), requires_grad=cfg.mask > 0)  # p^u
-        nn.init.normal_(self.mask_token, std=0.02)  # SimMIM's
+        nn.init.normal_(self.mask_token, std=0.02)  # MAE's
         D, P = self.encoder.dim, 3 * self.encoder.stride ** 2
         if cfg.head == "linear":  # Table 3
             self.T1 = nn.Linear(D, P)
@@ -178,28 +178,25 @@ class MCLim(nn.Module):
     def forward(self, view1, view2):
         """Normalised views (B, 3, H, W) → {"loss": Eq. 10, "reconstruction": Eq. 6, "contrast": Eq. 9 or 7}, without
         what λ = 0 or --contrast none leaves out."""
-        cfg, p, losses = self.cfg, self.encoder.stride, {}
-        mask = random_mask(len(view1), self.blocks ** 2, cfg.mask, view1.device)  # §2.2, (B, n·n)
-        tokens1 = self.encoder(view1, mask, self.mask_token)  # Eq. 1, (B, N, D)
+        cfg, s, L1, L2, losses = self.cfg, self.encoder.stride, 0, 0, {}
+        block_mask = random_mask(len(view1), self.N_b, cfg.mask, view1.device)  # §2.2, (B, N_b)
+        patch_mask = repeat_blocks(block_mask, view1.shape[2] // s)  # (B, N)
+        tokens1 = self.encoder(view1, block_mask, self.mask_token)  # Eq. 1, (B, N, D)
         Z1 = self.T1(tokens1)  # Eq. 3, (B, N, P)
-        masked = spread(mask, view1.shape[2] // p)  # (B, N)
-
         if cfg.lam > 0:
-            y = unpatchify(Z1, p)  # Eq. 4, PixelShuffle, (B, 3, H, W)
-            target = patchify(view1, p)  # (B, N, P)
-            target = normalize_patches(target) if cfg.norm_pixels else target  # §2.5
-            counted = masked if cfg.l1 == "pre" else torch.ones_like(masked)  # Table 4
-            L1 = reconstruction_loss(patchify(y, p), target, counted)  # Eq. 6, which counts patches: y is cut again
-            losses["reconstruction"] = L1
+            y = unpatchify(Z1, s)  # Eq. 4, PixelShuffle, (B, 3, H, W)
+            x = patchify(view1, s)  # (B, N, P)
+            x = normalize_patches(x) if cfg.norm_pixels else x  # §2.5
+            counted = patch_mask if cfg.l1 == "pre" else torch.ones_like(patch_mask)  # Table 4, (B, N)
+            losses["reconstruction"] = L1 = reconstruction_loss(patchify(y, s), x, counted)  # Eq. 6: of y's patches
         if cfg.contrast != "none":
             tokens2 = self.F2(view2)  # Eq. 2, (B, N, D)
             Z2 = self.T2(tokens2)  # Eq. 5, (B, N, P)
-            z1 = masked_mean(Z1, ~masked) if cfg.pool == "visible" else Z1.float().mean(1)  # (B, P)
+            z1 = masked_mean(Z1, ~patch_mask) if cfg.pool == "visible" else Z1.float().mean(1)  # (B, P)
             z1, z2 = gather(z1), gather(Z2.float().mean(1))  # (world·B, P)
-            L2 = (dcl_loss if cfg.contrast == "dcl" else info_nce_loss)(z1, z2, cfg.tau)  # Eq. 9 or Eq. 7
-            losses["contrast"] = L2
-        loss = cfg.lam * losses.get("reconstruction", 0) + losses.get("contrast", 0)  # Eq. 10
-        return {"loss": loss, **losses}
+            loss = dcl_loss if cfg.contrast == "dcl" else info_nce_loss  # Eq. 9 or Eq. 7
+            losses["contrast"] = L2 = loss(z1, z2, cfg.tau)
+        return {"loss": cfg.lam * L1 + L2, **losses}  # Eq. 10
 
     @torch.no_grad()
     def reconstruct(self, x):
@@ -208,13 +205,14 @@ class MCLim(nn.Module):
         With --norm-pixels each predicted patch gets its true mean and deviation back. Where the loss leaves out
         visible patches (--l1 pre), they are shown as they are.
         """
-        p, patches = self.encoder.stride, patchify(x, self.encoder.stride)  # (B, N, P)
-        mask = random_mask(len(x), self.blocks ** 2, self.cfg.mask, x.device)  # (B, n·n)
-        masked = spread(mask, x.shape[2] // p)[:, :, None]  # (B, N, 1)
-        y = self.T1(self.encoder(x, mask, self.mask_token)).float()  # (B, N, P)
+        s = self.encoder.stride
+        block_mask = random_mask(len(x), self.N_b, self.cfg.mask, x.device)  # (B, N_b)
+        patch_mask = repeat_blocks(block_mask, x.shape[2] // s)[:, :, None]  # (B, N, 1)
+        y = self.T1(self.encoder(x, block_mask, self.mask_token)).float()  # (B, N, P)
+        patches = patchify(x, s)  # (B, N, P)
         y = denormalize_patches(y, patches) if self.cfg.norm_pixels else y
-        shown = torch.where(masked, y, patches) if self.cfg.l1 == "pre" else y
-        return unpatchify(patches.masked_fill(masked, 0), p), unpatchify(shown, p)
+        shown = torch.where(patch_mask, y, patches) if self.cfg.l1 == "pre" else y
+        return unpatchify(patches.masked_fill(patch_mask, 0), s), unpatchify(shown, s)
 
 
 def reconstruction_loss(pred, target, mask):
@@ -224,7 +222,7 @@ def reconstruction_loss(pred, target, mask):
 
 
 def info_nce_loss(z1, z2, tau):
-    """InfoNCE of the pairs z1[i], z2[i] (B, any width), mean over both views. Eq. 7, with U of Eq. 8"""
+    """InfoNCE of the pairs z1[i], z2[i], (B, any width) of all processes, mean over both views. Eq. 7, U of Eq. 8"""
     with torch.autocast(z1.device.type, enabled=False):
         B = len(z1)
         z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # (2B, width)
@@ -236,7 +234,7 @@ def info_nce_loss(z1, z2, tau):
 
 
 def dcl_loss(z1, z2, tau):
-    """Decoupled contrastive loss of the pairs z1[i], z2[i] (B, any width), mean over both views. Eq. 9, U of Eq. 8"""
+    """Decoupled contrastive loss, with z1[i] and z2[i] as in info_nce_loss, mean over both views. Eq. 9, U of Eq. 8"""
     with torch.autocast(z1.device.type, enabled=False):
         B = len(z1)
         z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # (2B, width)
@@ -288,7 +286,7 @@ def train(cfg):
     return run.finish()
 
 
-# Parts. K heads, h, w, C: a map of tokens and its channels.
+# Parts. K heads, each d = D/K wide; h, w, C: a map of tokens and its channels.
 
 def ema(average, model, m):
     """average ← m·average + (1 - m)·model, weight by weight, for two networks of the same shape."""
@@ -381,7 +379,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, N, d) each, d = D/K
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, N, d) each
         return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -415,10 +413,10 @@ class Encoder(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x, mask=None, mask_token=None):
-        """Images (B, 3, H, W) → tokens (B, N, D); where mask (B, n·n) is 1, mask_token (D) replaces patches."""
+        """Images (B, 3, H, W) → tokens (B, N, D); where mask (B, N_b) is 1, mask_token (D) replaces patches."""
         x = self.patch_embed(x).flatten(2).mT  # (B, N, D)
         if mask is not None:
-            x = torch.where(spread(mask, self.grid)[:, :, None], mask_token.to(x.dtype), x)  # §2.2
+            x = torch.where(repeat_blocks(mask, self.grid)[:, :, None], mask_token.to(x.dtype), x)  # §2.2
         x = x + self.pos_embed
         for block in self.blocks:
             x = block(x)
@@ -447,10 +445,10 @@ class SwinEncoder(nn.Module):
         self.patch_embed.apply(init_weights)
 
     def forward(self, x, mask=None, mask_token=None):
-        """Images (B, 3, H, W) → tokens (B, N, D); where mask (B, n·n) is 1, mask_token (C) replaces small patches."""
-        x = self.patch_norm(self.patch_embed(x).permute(0, 2, 3, 1))  # (B, grid, grid, C)
+        """Images (B, 3, H, W) → tokens (B, N, D); where mask (B, N_b) is 1, mask_token (C) replaces small patches."""
+        x = self.patch_norm(self.patch_embed(x).permute(0, 2, 3, 1))  # (B, grid, grid, C), C = D/8
         if mask is not None:
-            masked = spread(mask, self.grid).unflatten(1, (self.grid, self.grid))  # (B, grid, grid)
+            masked = repeat_blocks(mask, self.grid).unflatten(1, (self.grid, self.grid))  # (B, grid, grid)
             x = torch.where(masked[..., None], mask_token.to(x.dtype), x)  # §2.2
         return self.norm(self.stages(x)).flatten(1, 2)
 
@@ -476,9 +474,9 @@ class RelativeAttention(nn.Module):
         self.register_buffer("offset", y * (2 * grid - 1) + x, persistent=False)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, N, D/K) each
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, N, d) each
         bias = self.relative_position_bias[self.offset].permute(2, 0, 1)  # (K, N, N)
-        x = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))  # (B, K, N, D/K)
+        x = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))  # (B, K, N, d)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
@@ -537,10 +535,10 @@ class HiViTEncoder(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, x, mask=None, mask_token=None):
-        """Images (B, 3, H, W) → tokens (B, N, D); where mask (B, n·n) is 1, mask_token (C) replaces small patches."""
+        """Images (B, 3, H, W) → tokens (B, N, D); where mask (B, N_b) is 1, mask_token (C) replaces small patches."""
         x = self.patch_norm(self.patch_embed(x).permute(0, 2, 3, 1))  # (B, grid, grid, C), C = D/4
         if mask is not None:
-            masked = spread(mask, self.grid).unflatten(1, (self.grid, self.grid))  # (B, grid, grid)
+            masked = repeat_blocks(mask, self.grid).unflatten(1, (self.grid, self.grid))  # (B, grid, grid)
             x = torch.where(masked[..., None], mask_token.to(x.dtype), x)  # §2.2
         x = self.stem(x).flatten(1, 2) + self.pos_embed  # (B, N, D)
         for block in self.blocks:

@@ -1,14 +1,16 @@
 """The papers' tests: each method's formulas against loops written from the paper, and what only this method has."""
-import csv, math, re, time
+import ast, contextlib, copy, csv, dataclasses, math, re, sys, time
+from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode  # documented, though its module's name begins with _
 
-import camae, cmae, common, images, macrl, mclim, mvmae
-from test_smoke import HERE, SMALL, build, few, normal  # few is a fixture
+import camae, cmae, common, eval_finetune, images, macrl, mclim, mvmae
+from test_smoke import HERE, METHODS, MODULES, SMALL, build, every_method, few, normal  # few is a fixture
 
 BACKBONES = [SMALL["mclim"], replace(SMALL["mclim"], backbone="swin", dim=192),
              replace(SMALL["mclim"], backbone="hivit", dim=192)]
@@ -125,11 +127,11 @@ def test_reconstruction_loss_of_macrl_is_the_mean_absolute_error():
 # MCLim
 
 def test_mask_is_aligned_to_blocks():
-    mask = mclim.random_mask(3, 4, 0.5)
-    fine = mclim.spread(mask, 12)
+    mask = mclim.random_mask(3, 16, 0.5)
+    fine = mclim.repeat_blocks(mask, 12)
     for y in range(12):
         for x in range(12):
-            assert torch.equal(fine[:, y, x], mask[:, y // 3, x // 3])
+            assert torch.equal(fine[:, 12 * y + x], mask[:, 4 * (y // 3) + x // 3])
 
 
 @pytest.mark.parametrize("backbone, millions", [("vit", 43.12), ("swin", 48.88), ("hivit", 34.32)])
@@ -143,8 +145,8 @@ def test_masked_pixels_do_not_reach_the_encoder(cfg):
     model, x = build(cfg), normal(4, 3, 16, 16)
     with torch.no_grad():
         model.mask_token.normal_()
-    mask = mclim.random_mask(4, model.blocks, 0.5)
-    hidden = mclim.spread(mask, 16)[:, None]
+    mask = mclim.random_mask(4, model.N_b, 0.5)
+    hidden = mclim.repeat_blocks(mask, 16).view(4, 1, 16, 16)
     tokens, other_masked, other_visible = (model.encoder(image, mask, model.mask_token) for image in
                                            (x, torch.where(hidden, 7.0, x), torch.where(hidden, x, 7.0)))
     assert torch.equal(tokens, other_masked) and not torch.allclose(tokens, other_visible)
@@ -156,7 +158,7 @@ def test_gradients_leave_out_branch_2_and_the_patch_embedding(cfg, head):
     model = build(replace(cfg, head=head))
     model(normal(4, 3, 16, 16), normal(4, 3, 16, 16, seed=1))["loss"].backward()
     for name, p in model.named_parameters():
-        frozen = name.startswith(("F2.", "T2.", "encoder.patch_embed." + "0." * (cfg.backbone == "swin")))
+        frozen = name.startswith(("F2.", "T2.", "encoder.patch_embed."))
         assert p.requires_grad != frozen, name
         assert p.grad is None if frozen else p.grad.abs().sum() > 0, name
 
@@ -164,18 +166,18 @@ def test_gradients_leave_out_branch_2_and_the_patch_embedding(cfg, head):
 @pytest.mark.parametrize("cfg", BACKBONES, ids=lambda cfg: cfg.backbone)
 def test_backbones_for_evaluation(cfg):
     model, x = build(cfg), normal(4, 3, 16, 16)
-    features, attention = model.encoder.features(x), model.encoder.attention(x)
+    features, tokens = model.encoder.features(x), model.encoder.tokens(x)
     assert features.shape == (4, model.encoder.dim) and torch.equal(features, model.encoder.features(x))
-    assert torch.allclose(features, model.encoder(x).mean(1))
-    assert attention.shape[::2] == (4, (16 // model.encoder.stride) ** 2)
-    assert torch.allclose(attention.sum(2), torch.ones(attention.shape[:2]))
+    assert tokens.shape == (4, (16 // model.encoder.stride) ** 2, model.encoder.dim)
+    assert torch.equal(tokens, model.encoder(x)) and torch.allclose(features, tokens.mean(1))
     masked, prediction = model.reconstruct(x)
     visible = masked == x
-    assert visible.float().mean() == pytest.approx(1 - round(0.6 * model.blocks ** 2) / model.blocks ** 2)
+    assert visible.float().mean() == pytest.approx(1 - round(0.6 * model.N_b) / model.N_b)
     assert torch.allclose(prediction[visible], x[visible]) and not torch.allclose(prediction, x)
 
 
-@pytest.mark.parametrize("change", [{}, {"l1": "rec"}, {"contrast": "infonce", "lam": 0.5}, {"target": "shared"}])
+@pytest.mark.parametrize("change", [{}, {"l1": "rec"}, {"contrast": "infonce", "lam": 0.5}, {"target": "shared"},
+                                    {"norm_pixels": False}, {"pool": "visible"}])
 def test_forward_is_section_2(change):
     cfg = replace(SMALL["mclim"], **change)
     torch.manual_seed(0)
@@ -186,11 +188,13 @@ def test_forward_is_section_2(change):
     torch.manual_seed(5)
     losses = model(view1, view2)
     torch.manual_seed(5)
-    mask = mclim.random_mask(6, 4, cfg.mask)
+    mask = mclim.random_mask(6, 16, cfg.mask)
     Z1 = model.T1(model.encoder(view1, mask, model.mask_token))                            # Eq. 1, 3
-    target = mclim.normalize_patches(mclim.patchify(view1, 4))
-    L1 = (Z1 - target).square()[mask.flatten(1)] if cfg.l1 == "pre" else (Z1 - target).square()
-    z1, z2 = Z1.mean(1), model.T2(model.F2(view2)).mean(1)                                 # Eq. 2, 5
+    target = mclim.patchify(view1, 4)
+    target = mclim.normalize_patches(target) if cfg.norm_pixels else target
+    L1 = (Z1 - target).square()[mask] if cfg.l1 == "pre" else (Z1 - target).square()
+    z1 = Z1.mean(1) if cfg.pool == "all" else torch.stack([Z[~row].mean(0) for Z, row in zip(Z1, mask)])
+    z2 = model.T2(model.F2(view2)).mean(1)                                                 # Eq. 2, 5
     L2 = (mclim.dcl_loss if cfg.contrast == "dcl" else mclim.info_nce_loss)(z1, z2, cfg.tau)
     assert losses["reconstruction"].item() == pytest.approx(L1.mean().item(), rel=1e-5)    # Eq. 4, 6
     assert losses["contrast"].item() == pytest.approx(L2.item(), rel=1e-5)                 # Eq. 7 to 9
@@ -202,12 +206,30 @@ def test_moco_v3_and_simmim_fall_out_of_flags():
     moco = mclim.MCLim(replace(SMALL["mclim"], mask=0.0, lam=0.0))
     losses = moco(view1, view2)
     z = [part(net(view)).mean(1) for part, net, view in ((moco.T1, moco.encoder, view1), (moco.T2, moco.F2, view2))]
-    assert losses["reconstruction"] == 0 and not moco.mask_token.requires_grad
+    assert set(losses) == {"loss", "contrast"} and not moco.mask_token.requires_grad      # λ = 0: not computed
     assert losses["loss"].item() == pytest.approx(mclim.dcl_loss(*z, moco.cfg.tau).item(), rel=1e-5)
     simmim = mclim.MCLim(replace(SMALL["mclim"], contrast="none"))
     losses = simmim(view1, view2)
     assert set(losses) == {"loss", "reconstruction"} and losses["loss"] == losses["reconstruction"]
     assert not hasattr(simmim, "F2")
+    free = mclim.MCLim(replace(SMALL["mclim"], freeze_patch=False))
+    free(view1, view2)["loss"].backward()
+    assert free.encoder.patch_embed.proj.weight.grad.abs().sum() > 0 and not free.F2.patch_embed.proj.weight.requires_grad
+
+
+def test_prediction_of_normalised_pixels_is_shown_as_pixels():
+    x = 3 * normal(2, 4, 12) + 5
+    assert torch.allclose(mclim.denormalize_patches(mclim.normalize_patches(x), x), x, atol=1e-4)
+    for norm_pixels in (True, False):
+        model = build(replace(SMALL["mclim"], norm_pixels=norm_pixels, l1="rec", head="linear"))
+        with torch.no_grad():
+            model.T1.weight.zero_()
+            model.T1.bias.fill_(2.0)
+        image = normal(3, 3, 16, 16)
+        true = mclim.patchify(image, 4)
+        expected = 2 * true.std(2, keepdim=True) + true.mean(2, keepdim=True) if norm_pixels else torch.tensor(2.0)
+        shown = mclim.patchify(model.reconstruct(image)[1], 4)
+        assert torch.allclose(shown, expected.expand_as(shown), atol=1e-3)
 
 
 def test_branch_2_is_the_momentum_average(few, tmp_path):
@@ -932,3 +954,151 @@ def test_training_restores_the_crop_before_its_colours_were_changed(few, tmp_pat
             grey = images.grayscale(common.denormalize(target1)).expand(-1, 3, -1, -1)
             assert torch.allclose(common.denormalize(view1), grey, atol=1e-5) and torch.equal(view2, target2)
             assert not torch.allclose(view1, target1)
+
+# What stands in for a GPU: the meta device
+
+class OneDevice(TorchDispatchMode):
+    """Fails where an operation mixes devices; copies from one to another are what they are for."""
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        leaves = [y for x in (*args, *(kwargs or {}).values()) for y in (x if isinstance(x, (list, tuple)) else [x])]
+        devices = {x.device.type for x in leaves if isinstance(x, torch.Tensor)}
+        assert len(devices) < 2 or "copy" in str(func), f"{func} on {devices}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cfg", [*SMALL.values(), *BACKBONES[1:]], ids=lambda cfg: f"{type(cfg).__module__}-{cfg.dim}-"
+                         + getattr(cfg, "backbone", ""))
+def test_a_step_waits_for_nothing_and_stays_on_its_device(cfg, monkeypatch):
+    """On the meta device .item(), .cpu() and nonzero raise. It shows no waits and no strays, not right kernels."""
+    autocast = torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda device, *args, **kw: contextlib.nullcontext() if device == "meta" else
+                        autocast(device, *args, **kw))
+    model = build(cfg).to("meta")
+    images, aspect = torch.zeros(8, 3, 16, 16, dtype=torch.uint8, device="meta"), torch.ones(8, device="meta")
+    with OneDevice():
+        views = sys.modules[type(cfg).__module__].views(images, cfg, aspect)
+        assert all(view.device.type == "meta" and view.shape == (8, 3, 16, 16) for view in views)
+        model(*views)["loss"].backward()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        views[0].sum().item()
+    with pytest.raises(AssertionError), OneDevice():
+        views[0] @ torch.ones(16, 16)
+
+
+# What the files and their pages promise
+
+VIEWS = {"views", "contrastive_crop", "clean_views", "corrupt", "Boxes"}  # these crop and colour, with common's functions
+
+
+def definitions(method):
+    """The functions and classes of a method's file: name → syntax tree."""
+    tree = ast.parse((HERE / f"{method}.py").read_text())
+    return {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+def source(method, name):
+    """The text of a function, a class or a method ("Encoder.forward") of a method's file."""
+    node, text = {"": ast.parse((HERE / f"{method}.py").read_text())}[""], (HERE / f"{method}.py").read_text()
+    for part in name.split("."):
+        node = next(child for child in node.body if getattr(child, "name", "") == part)
+    return ast.get_source_segment(text, node)
+
+
+@every_method
+def test_model_code_needs_nothing_of_the_project(method):
+    own = {path.stem for path in HERE.glob("*.py")}
+    imports = [node for node in ast.parse((HERE / f"{method}.py").read_text()).body
+               if isinstance(node, ast.ImportFrom) and node.module in own]
+    foreign = {alias.asname or alias.name for node in imports for alias in node.names}
+    assert {"Run", "load_data"} <= foreign and len(imports) == 1
+    for name, node in definitions(method).items():
+        if name not in {"Config", "train", "main"} | VIEWS:
+            used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+            assert not used & foreign, f"{name} needs {used & foreign}"
+
+
+PARTS = {"mclim": "dcl_loss info_nce_loss reconstruction_loss random_mask ema Encoder MCLim",
+         "mvmae": "nt_xent_loss reconstruction_loss Encoder MVMAE", "cmae": "location_loss semantic_boxes Encoder CMAE",
+         "macrl": "info_nce_loss Bank Encoder MACRL", "camae": "idm_mask plb_update PLB masked_mse Encoder CAMAE"}
+
+
+@pytest.mark.parametrize("method, part", [(method, part) for method in METHODS for part in PARTS[method].split()])
+def test_a_part_runs_when_it_is_copied_as_text(method, part):
+    """With torch, nn, F, dist, math, copy, OrderedDict and the functions that it visibly calls."""
+    known, wanted, taken = definitions(method), [part], {}
+    while wanted:
+        name = wanted.pop()
+        if name in known and name not in taken and name not in ("SwinEncoder", "HiViTEncoder"):
+            taken[name] = source(method, name)
+            wanted += [n.id for n in ast.walk(known[name]) if isinstance(n, ast.Name)]
+    space = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional, "dist": torch.distributed, "math": math,
+             "copy": copy, "OrderedDict": OrderedDict}
+    exec("\n\n".join(taken.values()), space)
+    outcome = []
+    for where in (space, vars(MODULES[method])):
+        torch.manual_seed(0)
+        z, x, mask = normal(6, 16), normal(6, 3, 16, 16), torch.arange(96).view(6, 16) % 3 > 0
+        call = {"dcl_loss": lambda f: f(z, z.flip(1), 0.2), "nt_xent_loss": lambda f: f(z, z.flip(1), 0.2),
+                "info_nce_loss": lambda f: f(z, z.flip(1), *[z] * (method == "macrl"), 0.2),
+                "reconstruction_loss": lambda f: f(normal(6, 16, 5), normal(6, 16, 5, seed=1), mask),
+                "masked_mse": lambda f: f(normal(6, 16, 5), normal(6, 16, 5, seed=1), mask),
+                "random_mask": lambda f: f(6, 16, 0.5), "idm_mask": lambda f: f(z, 0.75),
+                "plb_update": lambda f: f(z[0].softmax(0), z[1], 0.9, 0.2),
+                "location_loss": lambda f: f(normal(6, 4, 16), mask[:, :4].long()),
+                "semantic_boxes": lambda f: f(z.view(6, 4, 4), 0.1),
+                "ema": lambda f: f(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), 0.9),
+                "Encoder": lambda f: f(SMALL[method]).features(x),
+                "Bank": lambda f: f(5, 16).keys, "PLB": lambda f: f(3).draw(5, 0, 0)}
+        run_it = call.get(part, lambda f: f(SMALL[method])(x, x.flip(3))["loss"])
+        outcome.append(run_it(where[part]))
+    assert outcome[0] is outcome[1] is None or torch.equal(*outcome)
+
+
+def test_a_block_that_files_share_is_the_same_to_the_letter():
+    own, sources = {"Config", "Encoder", "train", "main", "views"}, {}  # a paper's own, and its losses
+    for method in METHODS:
+        for name in definitions(method):
+            if name not in own and not name.endswith("_loss"):
+                sources.setdefault(name, []).append(source(method, name))
+    shared = {name for name, texts in sources.items() if len(texts) > 1}
+    assert {"Attention", "Block", "patchify", "gather", "random_mask", "ema", "Decoder"} <= shared
+    for name in shared:
+        assert len(set(sources[name])) == 1, name
+
+
+@every_method
+def test_every_equation_stands_on_a_line_of_code_and_in_the_walk(method):
+    text = (HERE / f"{method}.py").read_text().split('"""', 2)[2]
+    marked = {int(n) for line in text.splitlines() if "#" in line and re.match(r"\s*[^\s#]", line)
+              for n in re.findall(r"Eq\. (\d+)", line.split("#", 1)[1])}
+    walked = {int(n) for row in walk(method) for n in re.findall(r"Eq\. (\d+)", row[0])}
+    assert marked >= set(METHODS[method]) and walked >= set(METHODS[method])
+
+
+def walk(method):
+    """The rows of the page's table "The walk" that quote code: paper, formula, code, where."""
+    page = (HERE / "papers" / f"{method}.md").read_text()
+    part = page[page.index("## The walk"):page.index("## What the")]
+    cells = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in part.splitlines() if "|" in line]
+    return [row for row in cells if len(row) == 4 and "`" in row[2]]
+
+
+@every_method
+def test_the_page_quotes_the_file(method):
+    rows = walk(method)
+    assert len(rows) > 8
+    for _, _, code, where in rows:
+        text = " ".join(source(method, where.strip("`")).split())
+        for quote in re.findall(r"`([^`]+)`", code):
+            assert text.count(" ".join(quote.split())) == 1, f"{where} does not hold {quote!r} once"
+
+
+@every_method
+def test_the_page_names_flags_that_exist_and_draws_whole_formulas(method):
+    page = (HERE / "papers" / f"{method}.md").read_text()
+    fields = {field.name for module in (*MODULES.values(), eval_finetune) for field in dataclasses.fields(module.Config)}
+    others = {"baselines", "seeds", "nproc_per_node"}
+    for flag in re.findall(r"--(?:no-)?([a-z][a-z0-9-]*)", page):
+        assert flag.replace("-", "_") in fields | others, f"--{flag}"
+    for formula in re.findall(r"\$([^$]+)\$", page):
+        assert formula.count("{") == formula.count("}") and "|" not in formula and "*" not in formula, formula

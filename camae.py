@@ -1,9 +1,9 @@
 """CAMAE with IDM and PLB: He Zhu, Yang Chen, Guyue Hu and Shan Yu, "Information-density Masking Strategy for Masked
 Image Modeling".
 
-An encoder is contrasted with its momentum average on two views, and restores the first of them from a quarter of its
-patches. Which quarter, its own attention says: the patches that one head of the last block finds most informative are
-masked (IDM). The head is drawn anew in each step, more often one whose masks are still hard to restore (PLB).
+An encoder is contrasted with its momentum average on two views, and the first of them is reconstructed from a quarter
+of its patches. Which quarter, its own attention says: the patches that one head of the last block finds most
+informative are masked (IDM). The head is drawn in each step, more often one whose masks are hard to reconstruct (PLB).
 
 One training step on B images of N patches, K heads (the paper's M), P the number of values of a patch:
     view1, view2 = augment(images), augment(images)              # §III-A    (B, 3, 224, 224)
@@ -25,8 +25,8 @@ normalised (--norm-pixels), whose attention masks (f's class token's), crops and
     python camae.py --tiny --data shapes                     a first look on a laptop
     python eval_linear.py runs/camae-DATE-TIME               what became of it; show.py draws the heads' masks
 
-Measured: --tiny --blur 0.5, 2 epochs of CIFAR-10 (JPEG): kNN 47.7 %, linear probe 50.5 % (untrained 34.0, 44.1). After
-the first epoch of --tiny --data data/cifar10 the loss is FIRSTEPOCH. All else: papers/camae.md.
+Measured: FIRSTEPOCH
+Every other choice, symbol and misprint, and the paper's tables: papers/camae.md.
 """
 import copy, math, sys
 from collections import OrderedDict
@@ -62,14 +62,14 @@ class Config:
     jitter: float = 0.8  # probability of colour jitter; MoCo v3's
     gray: float = 0.2  # probability of greyscale; MoCo v3's
     blur: float = 0.5  # probability of blur; SimCLR's, alike in both views
-    norm_pixels: bool = False  # restore each patch at mean 0, deviation 1; no: as views are, as Eq. 2 reads
+    norm_pixels: bool = False  # the target: each patch to mean 0, deviation 1; no: ImageNet's channels, as Eq. 2 reads
     # model
     img: int = 224  # side of the views in pixels, §IV-A
     patch: int = 16  # side of a patch in pixels, §IV-A
     dim: int = 768  # width D, §IV-A
     depth: int = 12  # blocks, §IV-A: ViT-Base's
     heads: int = 12  # heads K, §IV-A: ViT-Base's
-    freeze_patch: bool = False  # the patch embedding stays as it was drawn: MoCo v3's; no: MAE's
+    freeze_patch: bool = False  # the patch embedding keeps its initial weights: MoCo v3's; no: MAE's
     hidden: int = 4096  # hidden width of the projectors; MoCo v3's
     out_dim: int = 256  # width of z, §IV-A
     decoder_depth: int = 8  # blocks of the decoder; MAE's
@@ -98,7 +98,7 @@ class Config:
     workers: int = 0  # threads that decode a folder, 0 for one a core
     log_every: int = 20  # steps between rows of metrics.csv
     knn_every: int = 10  # epochs between kNN checks, 0 for none
-    tiny: bool = False  # a size for a laptop: minutes on a CPU
+    tiny: bool = False  # a size for a laptop
 
     def __post_init__(self):
         check_config(self)
@@ -176,7 +176,7 @@ class CAMAE(nn.Module):
     def forward(self, view1, view2, m=None):
         """Normalised views (B, 3, H, W) and the head m (1,) that masks, any if None → {"loss": Eq. 6, "contrast":
         Eq. 1, "reconstruction": Eq. 2}, without what --no-contrast or --no-mim leaves out."""
-        cfg, before, losses = self.cfg, None, {}
+        cfg, before, L_c, L_m, losses = self.cfg, None, 0, 0, {}
         if cfg.contrast:
             tokens1, before = self.encoder(view1, inside=True)  # (B, 1 + N, D) each
             h1, h2 = self.encoder.vector(tokens1), self.encoder.features(view2)  # h_i of either view, (B, D)
@@ -188,13 +188,12 @@ class CAMAE(nn.Module):
             losses["contrast"] = L_c
         if cfg.mim:
             mask = self.draw_mask(view1, m, before)  # Eq. 3, (B, N)
-            y = self.restore(view1, mask)  # x̃, (B, N, P)
+            y = self.decode(view1, mask)  # x̃, (B, N, P)
             target = patchify(view1, cfg.patch)  # x, (B, N, P)
             target = normalize_patches(target) if cfg.norm_pixels else target
             L_m = masked_mse(y, target, mask)  # Eq. 2
             losses["reconstruction"] = L_m
-        loss = losses.get("contrast", 0) + losses.get("reconstruction", 0)  # Eq. 6
-        return {"loss": loss, **losses}
+        return {"loss": L_c + L_m, **losses}  # Eq. 6
 
     @torch.no_grad()
     def draw_mask(self, x, m=None, before=None):
@@ -207,8 +206,8 @@ class CAMAE(nn.Module):
                      class_attention(self.encoder.blocks[-1], before))  # (B, K, N)
         return idm_mask(attention.index_select(1, m)[:, 0], self.cfg.mask)
 
-    def restore(self, x, mask):
-        """Images (B, 3, H, W) whose patches are masked (B, N) → all patches as the decoder restores them (B, N, P)."""
+    def decode(self, x, mask):
+        """Images (B, 3, H, W) whose patches are masked (B, N) → all patches as the decoder has them (B, N, P)."""
         visible = visible_first(mask)[:, :self.V]  # (B, V)
         return self.decoder(self.encoder(x, visible), visible)
 
@@ -221,7 +220,7 @@ class CAMAE(nn.Module):
         """
         patches = patchify(x, self.cfg.patch)  # (B, N, P)
         mask = self.draw_mask(x)  # (B, N)
-        y = self.restore(x, mask).float()  # (B, N, P)
+        y = self.decode(x, mask).float()  # (B, N, P)
         y = denormalize_patches(y, patches) if self.cfg.norm_pixels else y
         shown = torch.where(mask[:, :, None], y, patches)
         masked = patches.masked_fill(mask[:, :, None], 0)
@@ -346,7 +345,8 @@ def train(cfg):
     return run.finish()
 
 
-# Parts. Shared with the other files, whose letters they keep: here p is a patch's side in pixels, m a momentum.
+# Parts. K heads, each d = D/K wide. The letters are those of the other files: here p is the side of a patch in pixels
+# and m a momentum.
 
 def ema(average, model, m):
     """average ← m·average + (1 - m)·model, weight by weight, for two networks of the same shape."""
@@ -434,7 +434,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, N, d) each, d = D/K
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, N, d) each
         return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 

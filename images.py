@@ -182,7 +182,7 @@ def class_names(data, root="data"):
 
 
 @contextlib.contextmanager
-def opened(file):
+def read_image(file):
     """A file as a PIL image, not yet decoded. Raises UserError with the path if it can't be read, then or later."""
     try:
         with Image.open(file) as image:
@@ -193,13 +193,13 @@ def opened(file):
 
 def own_side(file):
     """The shorter side of an image file, in pixels."""
-    with opened(file) as image:
+    with read_image(file) as image:
         return min(image.size)
 
 
 def squeeze(file, side):
     """An image file whole, uint8 (3, side, side), and its width over height. Raises UserError if it can't be read."""
-    with opened(file) as image:
+    with read_image(file) as image:
         width, height = image.size
         image.draft("RGB", (side, side))  # a JPEG is decoded no larger than needed
         pixels = image.convert("RGB").resize((side, side), Image.BICUBIC)

@@ -788,8 +788,8 @@ dist.init_process_group("gloo")
 for method in test_smoke.METHODS:
     step(dist.get_rank(), method)
     gc.collect()
-plb = camae.PLB(2)
-plb.note(torch.tensor([1]), torch.tensor(1.0 + dist.get_rank()))
+plb, loss = camae.PLB(2), torch.tensor([[1.0 + dist.get_rank()]])
+plb.note(torch.tensor([1]), camae.gather(loss).mean())
 if dist.get_rank() == 1:
     torch.save(plb.sums, f"{sys.argv[1]}/plb.pt")
 sys.exit(camae.main([*test_smoke.FLAGS, "--epochs", "1", "--out", f"{sys.argv[1]}/run"]))

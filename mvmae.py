@@ -1,26 +1,26 @@
 """Multi-View MAE: Seungbin Ji, Sangkwon Han and Jongtae Rhee, "Multi-View Masked Autoencoder for General Image
 Representation", Applied Sciences 13(22), 12413, 2023, doi:10.3390/app132212413.
 
-Two crops of an image are masked by 80 % and reconstructed by one masked autoencoder. The latents of what is visible are
-contrasted: those of one image attract, those of different images repel each other. Masking is the strong augmentation
-that the contrast needs, so the views are cropped and flipped, and nothing else.
+80 % of the patches of two crops are masked and reconstructed by one masked autoencoder. The latents of what is visible
+are contrasted: those of one image attract, those of different images repel each other. Masking is the strong
+augmentation that the contrast needs, so the views are cropped and flipped, and nothing else.
 
 One training step on B images of N patches, V of them visible, D the width of a token, P the values of a patch:
-    view1, view2 = flip(crop(images)), flip(crop(images))  # §3.1.1    (B, 3, 224, 224)
+    view1, view2 = two normalised, flipped crops of each   # §3.1.1    (B, 3, 224, 224)
     mask = 80 % of the patches of each view, at random     # §3.1.2    (2·B, N)
     visible = the patches that are not masked              # Eq. 1     (2·B, V)
     z = f(visible patches + positions)                     # Eq. 2     (2·B, 1 + V, D), class token first
-    y = g(z, mask tokens in the other places)              # §3.1.4    (2·B, N, P)
+    y = g(z, mask tokens elsewhere, + positions)           # §3.1.4    (2·B, N, P)
     L_r = MSE(y, views), masked patches only               # Eq. 3     a number
-    z1, z2 = mean of the patches' tokens in z              # §3.2.2    (B, D)
+    z1, z2 = mean of the patches' tokens in z              # see --pool (B, D)
     L_c = NT-Xent(z1, z2)                                  # Eq. 4–6   a number
     step of AdamW on L_r + λ·L_c for f, g                  # Eq. 7
 
-What may change the result, because the paper does not say it: which vector of a latent is contrasted (--pool), without
-a projection head, for none is named; whether pixels are normalised patch by patch (--norm-pixels); whether Eq. 3 counts
-visible patches (--pixels) and is a mean (--pixels all --lam 1.3e-5 weighs as the printed sum); the temperature (--tau:
-0.07 is said to be SimCLR's and is MoCo's); how crops are made (--crop-min, --kernel); which --mask and --decoder-depth
-stand behind a table's figure.
+What may change the result, because the paper does not say it, and its flag:
+    --pool      which vector of a latent is contrasted; there is no projection head, for none is named
+    --norm-pixels, --pixels      what Eq. 3 compares, and where; as the printed sum: --pixels all --lam 1.3e-5
+    --tau       0.07 is said to be SimCLR's and is MoCo's; --crop-min, --kernel: how crops are made
+    --mask, --lam, --decoder-depth      which of them stand behind a number of Tables 5 and 6
 
     python mvmae.py --data PATH                              the paper's ImageNet-1K in PATH, for GPUs
     python mvmae.py --tiny --data shapes                     a first look on a laptop
@@ -99,7 +99,7 @@ class Config:
         check_above(self, 0, "tau")
         check(self.lam == 0 or self.targets != "one", "--targets", self.targets, "has no pair to contrast: add --lam 0")
         check(self.lam == 0 or self.batch >= 2, "--batch", self.batch, "must be at least 2, or there are no negatives")
-        check(0 < self.crop_min <= 1, "--crop-min", self.crop_min, "must lie between 0 and 1")
+        check(0 < self.crop_min <= 1, "--crop-min", self.crop_min, "must be above 0 and at most 1")
 
 
 TINY = Config(img=32, patch=4, dim=192, depth=4, heads=3, decoder_depth=2, decoder_dim=96, decoder_heads=3, epochs=16,
@@ -107,8 +107,8 @@ TINY = Config(img=32, patch=4, dim=192, depth=4, heads=3, decoder_depth=2, decod
 
 
 # The paper, §3. B images (the paper's N), N patches, V of them visible, D width of a token, P = 3·p·p values of the p×p
-# pixels of a patch; views·B rows: all first views, then all second ones; one view an image under --targets one, else
-# two; (world·B) are the images of all processes.
+# pixels of a patch. `forward` handles views·B rows, all first views, then all second ones: one view an image with
+# --targets one, else two; elsewhere B is any number of rows. (world·B) are the images of all processes.
 
 def views(images, cfg, aspect=None):
     """Target views of each image: crops, resized, and half of them flipped, nothing else. §3.1.1, Figure 5
@@ -116,11 +116,11 @@ def views(images, cfg, aspect=None):
     images (B, 3, S, S), uint8 or 0…1; aspect (B,): their width over height before they were squeezed to squares, 1 if
     None. Returns view1 and view2, normalised, (B, 3, img, img): the same one twice unless --targets is two.
     """
-    def target():
+    def augment():
         crop = random_resized_crop(images, cfg.img, (cfg.crop_min, 1.0), aspect=aspect, kernel=cfg.kernel)
         return normalize(random_hflip(crop))
-    view1 = target()
-    return view1, (target() if cfg.targets == "two" else view1)
+    view1 = augment()
+    return view1, (augment() if cfg.targets == "two" else view1)
 
 
 def random_mask(B, N, ratio, device=None):
@@ -143,7 +143,8 @@ class MVMAE(nn.Module):
     """One autoencoder for all views, §3 and Figures 3 and 4: `encoder` is f, `decoder` is g."""
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, grid = cfg, cfg.img // cfg.patch
+        self.cfg = cfg
+        grid = cfg.img // cfg.patch
         self.N = grid ** 2
         self.V = self.N - round(cfg.mask * self.N)
         self.encoder = Encoder(cfg, cfg.pool)
@@ -152,7 +153,7 @@ class MVMAE(nn.Module):
 
     def forward(self, view1, view2):
         """Normalised views (B, 3, H, W) → {"loss": Eq. 7, "reconstruction": Eq. 3, "contrast": Eq. 6}, without the
-        contrast if λ is 0. Under --targets one view2 is not looked at."""
+        contrast if λ is 0. With --targets one, view2 is not used."""
         cfg = self.cfg
         x = view1 if cfg.targets == "one" else torch.cat([view1, view2])  # x⁺, (views·B, 3, H, W)
         mask = random_mask(len(x), self.N, cfg.mask, x.device)  # §3.1.2, (views·B, N)
@@ -241,7 +242,6 @@ def train(cfg):
         run.log(step, losses, optimizer.param_groups[0]["lr"])
         run.save(step, data, test, model=model, optimizer=optimizer)
     return run.finish()
-
 
 
 # Parts. K heads, each d = D/K wide; width: the decoder's D.

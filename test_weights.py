@@ -114,6 +114,23 @@ def test_a_killed_process_resumed_ends_in_the_same_weights(tmp_path, sign, statu
         assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
 
 
+@slow
+def test_ctrl_c_under_torchrun_saves_and_leaves_no_traceback_of_ours(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29651",
+               HERE / "mclim.py", *FLAGS, "--epochs", "1000", "--out", tmp_path / "run"]
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(list(map(str, command)), env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=said,
+                                   stderr=said, start_new_session=True)
+    while not (tmp_path / "run" / "metrics.csv").exists() and process.poll() is None:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does: all processes get it
+    process.wait()
+    said = (tmp_path / "said").read_text()
+    assert (tmp_path / "run" / "last.pt").exists() and "stopped after" in said, said
+    assert said.count("torch.distributed.run --nproc-per-node 2 mclim.py --resume") == 1, said
+    assert "mclim.py\"," not in said and "common.py\"," not in said, said  # no line of ours in a traceback
+
+
 # From elsewhere
 
 def test_init_takes_a_run_its_encoder_or_a_timm_classifier(tmp_path, capsys):

@@ -92,6 +92,16 @@ def test_a_full_disk_leaves_the_last_checkpoint(few, tmp_path, capsys):
     assert not list(tmp_path.glob("*/*.part"))
 
 
+def test_checkpoint_of_a_broken_model_is_not_written(tmp_path):
+    cfg = replace(SMALL["mclim"], out=str(tmp_path))
+    model = build(cfg)
+    with torch.no_grad():
+        model.encoder.norm.bias[0] = math.nan
+    with pytest.raises(FloatingPointError, match="step 3"):
+        common.Run("mclim", cfg, common.start_processes("cpu"), 3).save(3, None, None, model)
+    assert not (tmp_path / "last.pt").exists()
+
+
 @slow
 @pytest.mark.parametrize("sign, status", [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
 def test_a_killed_process_resumed_ends_in_the_same_weights(tmp_path, sign, status):
@@ -149,6 +159,7 @@ def test_init_takes_a_run_its_encoder_or_a_timm_classifier(tmp_path, capsys):
             said = capsys.readouterr().out
             ignored = "head.weight, head.bias" if file.name in ("timm.pth", "average.pth") else "ignored: nothing"
             assert said.count("\n") == 1 and ignored in said, said
+            assert ("norm begins anew" in said) == (file.name == "average.pth")
             for name, value in model.get_submodule(copy).state_dict().items():
                 begin = before if name.startswith("norm.") and file.name == "average.pth" else source
                 assert torch.equal(value, begin[name]) and torch.equal(model.encoder.state_dict()[name], value), name

@@ -1,7 +1,7 @@
 """The house's tests, the same for every method: blocks, augmentation, data, command line, runs on disk, processes.
 
-`python -m pytest -q test_smoke.py test_eval.py test_papers.py` runs these, the evaluation's and the papers' own, on the
-CPU and without a network, in minutes on two cores.
+`python -m pytest -q test_smoke.py test_weights.py test_eval.py test_papers.py` runs these, the evaluation's and the
+papers' own, on the CPU and without a network, in minutes on two cores. SLOW=1 in the environment adds what takes long.
 """
 import csv, importlib, inspect, json, math, os, pathlib, re, resource, shlex, signal, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -447,6 +447,17 @@ def test_batches_cover_an_epoch_and_are_shared_out():
 
 # Schedule, groups, runs
 
+def test_load_data_takes_a_fixed_choice_at_eight_sevenths_of_the_views():
+    cfg, whole = replace(mclim.TINY, img=28, data="shapes", images=40), common.load_images("shapes", "train", 32)
+    train, test = common.load_data(cfg)
+    for ours, all_of_them in zip(train, whole):
+        assert torch.equal(ours, all_of_them[common.fixed_choice(5000, 40)])
+    assert train[0].shape == (40, 3, 32, 32) and len(test[0]) == 1000
+    assert common.load_data(replace(cfg, store=16))[0][0].shape == (40, 3, 16, 16)
+    with pytest.raises(common.UserError, match="--images 5001: there are only 5000"):
+        common.load_data(replace(cfg, images=5001))
+
+
 def test_schedule():
     rates = [common.cosine_lr(step, 100, 10, 2.0) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * i for i in range(1, 11)])
@@ -591,16 +602,6 @@ def test_a_cpu_that_would_take_days_is_told_so_once(tmp_path, capfd, monkeypatch
         run.finish()
 
 
-def test_checkpoint_of_a_broken_model_is_not_written(tmp_path):
-    cfg = replace(SMALL["mclim"], out=str(tmp_path))
-    model = build(cfg)
-    with torch.no_grad():
-        model.encoder.norm.bias[0] = math.nan
-    with pytest.raises(FloatingPointError, match="step 3"):
-        common.Run("mclim", cfg, common.start_processes("cpu"), 3).save(3, None, None, model)
-    assert not (tmp_path / "last.pt").exists()
-
-
 def test_out_of_gpu_memory_names_the_flag(capsys):
     def train(cfg):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -622,12 +623,12 @@ def test_flags_are_the_fields(method, capsys):
     assert [name for name, _ in lines] == [field.name for field in fields(module.Config)]
     for name, comment in lines:
         assert "--" + name.replace("_", "-") in text and re.sub(r"\s", "", comment) in packed, name
-
     for heading in ("method", "model", "optimisation", "run"):
         assert f"\n{heading}:\n" in text
     assert text.count(f"\n  python {method}.py") == 2
     differ = [name for name, value in vars(module.TINY).items() if value != getattr(module.Config, name)]
-    assert packed.count(",tiny:") == len(differ) - 1 and f"epochs(default:{module.Config.epochs},tiny:" in packed
+    assert packed.count(",tiny:") == len(differ) - 1  # --tiny itself has none
+    assert f"(default:{module.Config.epochs},tiny:{module.TINY.epochs})" in packed
 
     def parse(text):
         return common.command_line(method, module.Config, module.TINY, text.split())

@@ -92,6 +92,16 @@ def test_a_full_disk_leaves_the_last_checkpoint(few, tmp_path, capsys):
     assert not list(tmp_path.glob("*/*.part"))
 
 
+def test_checkpoint_of_a_broken_model_is_not_written(tmp_path):
+    cfg = replace(SMALL["mclim"], out=str(tmp_path))
+    model = build(cfg)
+    with torch.no_grad():
+        model.encoder.norm.bias[0] = math.nan
+    with pytest.raises(FloatingPointError, match="step 3"):
+        common.Run("mclim", cfg, common.start_processes("cpu"), 3).save(3, None, None, model)
+    assert not (tmp_path / "last.pt").exists()
+
+
 @slow
 @pytest.mark.parametrize("sign, status", [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
 def test_a_killed_process_resumed_ends_in_the_same_weights(tmp_path, sign, status):
@@ -114,6 +124,23 @@ def test_a_killed_process_resumed_ends_in_the_same_weights(tmp_path, sign, statu
         assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
 
 
+@slow
+def test_ctrl_c_under_torchrun_saves_and_leaves_no_traceback_of_ours(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29651",
+               HERE / "mclim.py", *FLAGS, "--epochs", "1000", "--out", tmp_path / "run"]
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(list(map(str, command)), env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=said,
+                                   stderr=said, start_new_session=True)
+    while not (tmp_path / "run" / "metrics.csv").exists() and process.poll() is None:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does: all processes get it
+    process.wait()
+    said = (tmp_path / "said").read_text()
+    assert (tmp_path / "run" / "last.pt").exists() and "stopped after" in said, said
+    assert said.count("torch.distributed.run --nproc-per-node 2 mclim.py --resume") == 1, said
+    assert "mclim.py\"," not in said and "common.py\"," not in said, said  # no line of ours in a traceback
+
+
 # From elsewhere
 
 def test_init_takes_a_run_its_encoder_or_a_timm_classifier(tmp_path, capsys):
@@ -132,6 +159,7 @@ def test_init_takes_a_run_its_encoder_or_a_timm_classifier(tmp_path, capsys):
             said = capsys.readouterr().out
             ignored = "head.weight, head.bias" if file.name in ("timm.pth", "average.pth") else "ignored: nothing"
             assert said.count("\n") == 1 and ignored in said, said
+            assert ("norm begins anew" in said) == (file.name == "average.pth")
             for name, value in model.get_submodule(copy).state_dict().items():
                 begin = before if name.startswith("norm.") and file.name == "average.pth" else source
                 assert torch.equal(value, begin[name]) and torch.equal(model.encoder.state_dict()[name], value), name

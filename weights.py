@@ -82,10 +82,11 @@ def init_encoders(model, file):
         return
     file, ours = pathlib.Path(file), model.encoder.state_dict()
     state = read_file("--init", file / "encoder.pt" if file.is_dir() else file)
+    check(isinstance(state, dict), "--init", file, "holds no state dict")
     state = state.get("model", state)  # MAE's published files
     aside = [name for name in state if name.startswith(("head.", "fc_norm."))]
     state = {name: value for name, value in state.items() if name not in aside}
-    if any(name.startswith("fc_norm.") for name in aside):  # a norm after the pooling, instead of `norm` before it
+    if "fc_norm." in " ".join(aside):  # a norm after the pooling, instead of `norm` before it
         state = {**{name: value for name, value in ours.items() if name.startswith("norm.")}, **state}
     wrong = [f"{name} is missing" for name in ours if name not in state]
     wrong += [f"{name} is left over" for name in state if name not in ours]
@@ -96,7 +97,8 @@ def init_encoders(model, file):
         if network.state_dict().keys() == ours.keys():
             network.load_state_dict(state)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"--init {file}: {len(state)} tensors taken; ignored: {', '.join(aside) or 'nothing'}", flush=True)
+        anew = "; norm begins anew" if "fc_norm." in " ".join(aside) else ""
+        print(f"--init {file}: ignored: {', '.join(aside) or 'nothing'}{anew}", flush=True)
 
 
 def timm_call(cfg, encoder):
@@ -176,7 +178,7 @@ def effective_rank(features):
     """RankMe, arXiv 2210.02885: over how many directions features (N, D) spread, 1 … min(N, D). The exponential of the
     entropy of their singular values, each as a share of their sum."""
     sigma = torch.linalg.svdvals(features.float())
-    p = sigma / sigma.sum() + 1e-7
+    p = sigma / sigma.sum().clamp(min=1e-12) + 1e-7
     return (-p * p.log()).sum().exp().item()
 
 

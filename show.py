@@ -19,7 +19,7 @@ from torchvision.utils import draw_bounding_boxes
 from common import (Parser, answer, check, denormalize, draw_images, load_images, normalize, resize,
                     start_processes)
 from eval_linear import load_model
-from images import squeeze
+from images import read_image
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 
@@ -98,7 +98,8 @@ def own_images(folder, size, count):
     check(pathlib.Path(folder).is_dir(), "--images", folder, "is not a folder")
     files = sorted(f for f in pathlib.Path(folder).rglob("*") if f.suffix.lower() in SUFFIXES)[:count]
     check(files, "--images", folder, f"holds no image ({' '.join(sorted(SUFFIXES))})")
-    return torch.from_numpy(np.stack([squeeze(f, size)[0] for f in files]))
+    squares = np.stack([read_image(f, size).resize((size, size)) for f in files])
+    return torch.from_numpy(squares).permute(0, 3, 1, 2)
 
 
 def show(args):

@@ -135,7 +135,6 @@ def decode(files, place, side, workers, target):
     def squeeze(file):
         image = read_image(file, side)
         return np.asarray(image.resize((side, side), Image.BICUBIC)).transpose(2, 0, 1), image.width / image.height
-
     array = np.lib.format.open_memmap(target, "w+", np.uint8, (len(files), 3, side, side))
     aspects = np.empty(len(files), np.float32)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torchvision import datasets
-from torchvision.transforms.v2 import functional as TF
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set, so that weights travel
 SETS = {"cifar10": (datasets.CIFAR10.url, "163 MB"), "cifar100": (datasets.CIFAR100.url, "161 MB"),
@@ -399,58 +398,3 @@ def gaussian_blur(images, p=0.5, sigma=(0.1, 2.0)):
         return rows @ x @ columns.mT                                                       # rows (B, 1, H, H)
     sigmas = torch.empty(len(images)).uniform_(*sigma)
     return apply_to(images.clone(), torch.rand(len(images)) < p, blur, sigmas) if p > 0 else images
-
-
-def warp(images, xx=1.0, xy=0.0, yx=0.0, yy=1.0, x=0.0, y=0.0):
-    """Resamples, bilinear, black outside: the pixel at (u, v) is fetched from (xx·u + xy·v + x, yx·u + yy·v + y), in
-    half sides from the centre, v downwards; each a number or one for each image (B,)."""
-    zeros = torch.zeros(len(images), device=images.device)
-    inverse = torch.stack([torch.stack([zeros + v for v in row], 1) for row in ((xx, xy, x), (yx, yy, y))], 1)
-    return F.grid_sample(images, F.affine_grid(inverse, images.shape, align_corners=False), align_corners=False)
-
-
-def rotate(images, angle):
-    """Turns each image by `angle` (B,) radians, clockwise. Square images."""
-    return warp(images, angle.cos(), angle.sin(), -angle.sin(), angle.cos())
-
-
-def adjust_sharpness(images, factor):
-    """Blends with a smoothed image: factor (B,) ≥ 0, 1 changes nothing."""
-    return torch.lerp(TF.adjust_sharpness(images, 0.0), images, factor[:, None, None, None]).clamp_(0, 1)
-
-
-def posterize(images, bits):
-    """Keeps the highest `bits` (B,), 0…8, of each value's eight."""
-    step = 2 ** (8 - bits.round())[:, None, None, None]
-    return (images * 255).round_().div_(step).floor_().mul_(step).div_(255)
-
-
-def solarize(images, threshold):
-    """Inverts the values from `threshold` (B,) on."""
-    return torch.where(images >= threshold[:, None, None, None], 1 - images, images)
-
-
-RANDAUGMENT = {  # what it does with images and s (B,): the strength -1…1; five of them leave its sign aside
-    "identity": lambda x, s: x,
-    "shear x": lambda x, s: warp(x, xy=0.3 * s), "shear y": lambda x, s: warp(x, yx=0.3 * s),
-    "translate x": lambda x, s: warp(x, x=2 * 150 / 331 * s),
-    "translate y": lambda x, s: warp(x, y=2 * 150 / 331 * s),
-    "rotate": lambda x, s: rotate(x, s * math.radians(30)),
-    "brightness": lambda x, s: adjust_brightness(x, 1 + 0.9 * s),
-    "colour": lambda x, s: adjust_saturation(x, 1 + 0.9 * s),
-    "contrast": lambda x, s: adjust_contrast(x, 1 + 0.9 * s),
-    "sharpness": lambda x, s: adjust_sharpness(x, 1 + 0.9 * s),
-    "posterize": lambda x, s: posterize(x, 8 - (4 * s.abs()).round()),
-    "solarize": lambda x, s: solarize(x, 1 - s.abs()),
-    "autocontrast": lambda x, s: TF.autocontrast(x), "equalize": lambda x, s: TF.equalize(x)}
-
-
-def rand_augment(images, ops=2, magnitude=9):
-    """RandAugment (arXiv 1909.13719): `ops` of RANDAUGMENT for each image, by chance, at `magnitude`, 0…30. Ranges are
-    torchvision's; geometry is bilinear, shears are about the centre. Square images."""
-    images = images.clone()
-    for _ in range(ops):
-        chosen, sign = torch.randint(len(RANDAUGMENT), (len(images),)), torch.randint(2, (len(images),)) * 2 - 1
-        for i, change in enumerate(RANDAUGMENT.values()):
-            images = apply_to(images, chosen == i, change, sign * magnitude / 30)
-    return images

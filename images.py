@@ -4,7 +4,7 @@ Image batches are (B, 3, H, W). Crops take uint8 or floats in 0…1 and give flo
 and give. All draw each image's own random numbers on the CPU, where nothing waits for them, and compute on the images'
 device.
 """
-import contextlib, glob, hashlib, math, os, pathlib, sys
+import glob, hashlib, math, os, pathlib, sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,7 +13,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torchvision import datasets
-from torchvision.transforms.v2 import functional as TF
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set, so that weights travel
 SETS = {"cifar10": (datasets.CIFAR10.url, "163 MB"), "cifar100": (datasets.CIFAR100.url, "161 MB"),
@@ -35,12 +34,12 @@ def check(ok, flag, value, right):
 # Data
 
 def load_images(data, split, size, root="data", workers=0, seed=0):
-    """Images uint8 (N, 3, S, S), labels int64 (N,), aspect float32 (N,) of the split "train" or "test".
+    """Images uint8 (N, 3, S, S), labels int64 (N,), -1 where there is none, and aspect float32 (N,) of the split
+    "train" or "test"; None where a folder has no test images.
 
-    `data` is a name of SETS, "shapes", or a folder. Images are stored whole, squeezed to S×S; aspect is their width
-    over height before that. S is `size`, or the set's own side where that is smaller, for enlarging is the
-    augmentation's work. A label is -1 where an image has none. Returns None where a folder has no test images. Raises
-    UserError: a set not to be had, an unreadable image, unknown classes.
+    `data` is a name of SETS, "shapes", or a folder. Images are stored whole, squeezed to S×S; aspect is width over
+    height before that. S is `size`, or the set's own side where that is smaller, for enlarging is the augmentation's
+    work. Raises UserError: a set not to be had, an unreadable image, unknown classes.
     """
     if data == "shapes":
         images, labels = draw_shapes(5_000 if split == "train" else 1_000, min(size, 64), 2 * seed + (split == "test"))
@@ -82,17 +81,6 @@ def download(data, split, root):
                         "a folder of images, or take --data shapes") from error
 
 
-def image_files(folder):
-    """(path below the folder, bytes, time of change) of each image in a folder and in those below, sorted by name."""
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.is_dir():
-            for path, *facts in image_files(entry):
-                yield os.path.join(entry.name, path), *facts
-        elif entry.name.lower().endswith(KINDS):
-            facts = entry.stat()
-            yield entry.name, facts.st_size, facts.st_mtime_ns
-
-
 def load_folder(folder, split, size, root, workers):
     """load_images of a folder, decoded once into a memory-mapped file in root/cache: 252 GB for ImageNet at S = 256.
 
@@ -103,65 +91,53 @@ def load_folder(folder, split, size, root, workers):
     folder = pathlib.Path(folder)
     check(folder.is_dir(), "--data", folder, f"is none of {', '.join(SETS)}, shapes, and no folder of images or of "
           "train/CLASS/IMAGE and test/CLASS/IMAGE")
-    place, notes = folder / "train", folder / "val" / "val_annotations.txt"  # Tiny-ImageNet's list of val/'s classes
-    if not place.is_dir():
-        place = folder if split == "train" else None
-    elif split == "test":
-        names = ("val/images",) if notes.exists() else ("test", "val")
-        place = next((folder / name for name in names if (folder / name).is_dir()), None)
-    if place is None:
+    notes = folder / "val" / "val_annotations.txt"  # Tiny-ImageNet's list of the classes in val/images
+    train = folder / "train" if (folder / "train").is_dir() else folder
+    tests = [folder / "val" / "images"] if notes.exists() else [folder / "test", folder / "val"]
+    place = train if split == "train" else next((test for test in tests if test.is_dir() and train != folder), None)
+    if not place:
         return None
-    files = list(image_files(place))
+    files = sorted(os.path.join(at, name) for at, _, names in os.walk(place, followlinks=True) for name in names
+                   if name.lower().endswith(KINDS))
     check(files, "--data", folder, f"{place} holds no images")
-    classes = {name: i for i, name in enumerate(class_names(folder, root))}
+    below, classes = [file[len(str(place)) + 1:] for file in files], class_names(folder)
     if split == "test" and notes.exists():
-        listed = dict(line.split()[:2] for line in notes.read_text().splitlines())
-        names = [listed.get(os.path.basename(path)) for path, *_ in files]
+        names = list(map(dict(line.split()[:2] for line in notes.read_text().splitlines()).get, below))
     else:
-        names = [path.split(os.sep)[0] if os.sep in path else None for path, *_ in files]
-    strange = sorted(set(names) - set(classes) - {None}) if classes else []
+        names = [path.split(os.sep)[0] if os.sep in path else None for path in below]
+    strange = sorted(set(names) - {None, *classes}) if classes else []
     check(not strange, "--data", folder, f"{place} has {strange[:1]}, which is no class of train/")
-    labels = [classes.get(name, -1) if len(classes) > 1 else -1 for name in names]
+    numbers = {name: i for i, name in enumerate(classes)} if len(classes) > 1 else {}
 
-    side = min(size, max(own_side(place / path) for path, *_ in files[::1 + len(files) // 100]))
-    state = "whole\n" + "".join(f"{path} {size} {time}\n" for path, size, time in files)
+    side = min(size, max(min(read_image(f, size).size) for f in files[::1 + len(files) // 100]))
+    state = f"squeezed {[(path, (at := os.stat(file)).st_size, at.st_mtime_ns) for path, file in zip(below, files)]}"
     place_hash, state_hash = (hashlib.sha256(text.encode()).hexdigest()[:12] for text in (str(folder.resolve()), state))
     cache = pathlib.Path(root, "cache", f"{folder.resolve().name}-{place_hash}-{split}-{side}-")
     whole = cache.with_name(f"{cache.name}{state_hash}.npy")  # which files, of which size and date, it was made from
-    aspects = whole.with_suffix(".aspect.npy")
+    aspects, part = whole.with_suffix(".aspect.npy"), whole.with_suffix(f".{os.getpid()}.part")
     if not whole.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
         for old in cache.parent.glob(f"{glob.escape(cache.name)}*"):  # of other files, or of a process that was killed
-            if old.suffix != ".part" or not is_running(int(old.suffixes[-2][1:])):
-                with contextlib.suppress(PermissionError):  # Windows keeps a file that is in use
-                    old.unlink()
-        part = whole.with_suffix(f".{os.getpid()}.part")
+            if old.suffix == ".npy" or old == part or not pathlib.Path("/proc", old.suffixes[-2][1:]).exists():
+                old.unlink()
         try:
-            np.save(aspects, decode([place / path for path, *_ in files], place, side, workers, part))
+            np.save(aspects, decode(files, place, side, workers, part))
             os.replace(part, whole)
         finally:
             part.unlink(missing_ok=True)
-    return torch.from_numpy(np.load(whole, mmap_mode="c")), torch.tensor(labels), torch.from_numpy(np.load(aspects))
-
-
-def is_running(process):
-    """Whether another process of this number runs on this machine; False on Windows, where os.kill would end it."""
-    try:
-        if os.name != "nt" and process != os.getpid():
-            os.kill(process, 0)  # 0 sends nothing
-            return True
-    except OSError as error:
-        return isinstance(error, PermissionError)
-    return False
+    labels = torch.tensor([numbers.get(name, -1) for name in names])
+    return torch.from_numpy(np.load(whole, mmap_mode="c")), labels, torch.from_numpy(np.load(aspects))
 
 
 def decode(files, place, side, workers, target):
-    """Writes image files as a uint8 array (N, 3, side, side) to the file `target`; returns their aspects (N,)."""
+    """Writes image files, squeezed, as uint8 (N, 3, side, side) to the file `target`; returns their aspects (N,)."""
+    def squeeze(file):
+        image = read_image(file, side)
+        return np.asarray(image.resize((side, side), Image.BICUBIC)).transpose(2, 0, 1), image.width / image.height
     array = np.lib.format.open_memmap(target, "w+", np.uint8, (len(files), 3, side, side))
     aspects = np.empty(len(files), np.float32)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        for i, (image, aspect) in enumerate(pool.map(lambda file: squeeze(file, side), files)):
-            array[i], aspects[i] = image, aspect
+        for i, (array[i], aspects[i]) in enumerate(pool.map(squeeze, files)):
             if i + 1 == len(files) or sys.stdout.isatty() and i % 500 == 0:
                 start, end = ("\r", "") if sys.stdout.isatty() and i + 1 < len(files) else ("", "\n")
                 print(f"{start}decoding {place}, once: {i + 1:,} of {len(files):,}", end=end, flush=True)
@@ -181,36 +157,19 @@ def class_names(data, root="data"):
     return sorted(entry.name for entry in train.iterdir() if entry.is_dir()) if train.is_dir() else []
 
 
-@contextlib.contextmanager
-def read_image(file):
-    """A file as a PIL image, not yet decoded. Raises UserError with the path if it can't be read, then or later."""
+def read_image(file, side):
+    """A file as a PIL image in RGB; a JPEG is decoded no larger than `side` needs. Raises UserError with the path."""
     try:
-        with Image.open(file) as image:
-            yield image
+        image = Image.open(file)
+        image.draft("RGB", (side, side))
+        return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{file}: can't be read as an image ({error}); mend it or take it away") from error
 
 
-def own_side(file):
-    """The shorter side of an image file, in pixels."""
-    with read_image(file) as image:
-        return min(image.size)
-
-
-def squeeze(file, side):
-    """An image file whole, uint8 (3, side, side), and its width over height. Raises UserError if it can't be read."""
-    with read_image(file) as image:
-        width, height = image.size
-        image.draft("RGB", (side, side))  # a JPEG is decoded no larger than needed
-        pixels = image.convert("RGB").resize((side, side), Image.BICUBIC)
-        return np.asarray(pixels).transpose(2, 0, 1), width / height
-
-
 def draw_shapes(n, side, seed, masks=False):
     """Ten classes of form, uint8 (n, 3, side, side) and labels: each has all colours, places, sizes and tilts alike.
-
-    With `masks` also bool (n, side, side): where the form covers at least half of the pixel.
-    """
+    With `masks` also bool (n, side, side): where the form covers at least half of the pixel."""
     forms = (lambda u, v, r, m: r < 0.95, lambda u, v, r, m: (r < 1) & (r > 0.6),
              lambda u, v, r, m: m < 0.8, lambda u, v, r, m: (m < 0.9) & (m > 0.5),
              lambda u, v, r, m: u.abs() + v.abs() < 1.1, lambda u, v, r, m: (v < 0.8) & (2 * u.abs() - 1 < v),
@@ -237,12 +196,12 @@ def draw_shapes(n, side, seed, masks=False):
 
 
 class Batches:
-    """`batches[step]`: this process's share of a step's images, uint8 (B, 3, S, S) on its device, and their aspects (B,)
-    on the CPU, where crop_boxes draws.
+    """`batches[step]`: this process's share of a step's images, uint8 (B, 3, S, S) on its device, and their aspects,
+    (B,) on the CPU, where crops are drawn.
 
-    `data` is a triple of load_images. An epoch runs over all images in an order that (seed, epoch) alone decides, and
-    leaves out what fills no batch. `among`: ids of the images that it runs over, if not all. Images stay on the GPU if
-    they take less than a quarter of it; else they stream from memory or the mapped file.
+    `data`: load_images' triple. An epoch runs over all images, or over the ids `among`, in an order that (seed, epoch)
+    alone decides, and leaves out what fills no batch. Images stay on the GPU if they take less than a quarter of it;
+    else they stream from memory or the mapped file.
     """
     def __init__(self, data, batch, seed, here, among=None):
         self.images, _, self.aspects = data
@@ -275,9 +234,8 @@ class Batches:
 
 def normalize(images):
     """0…1 to ImageNet's mean 0 and standard deviation 1."""
-    factor, shift = torch.tensor([[1 / s for s in STD], [-m / s for m, s in zip(MEAN, STD)]]).to(
-        images.device, non_blocking=True)[..., None, None]                                 # (3, 1, 1) each
-    return (images * factor).add_(shift)
+    mean, std = torch.tensor([MEAN, STD]).to(images.device, non_blocking=True)[..., None, None]  # (3, 1, 1) each
+    return images.sub(mean).div_(std)
 
 
 def denormalize(images):
@@ -287,11 +245,9 @@ def denormalize(images):
 
 
 def resize_weights(start, length, size, n, kernel="linear"):
-    """(B, size, n): how row o of a resize of [start, start + length) to `size` weighs the n input pixels.
-
-    The kernel, a triangle ("linear") or Keys' cubic with a = -1/2 ("bicubic"), is measured in output pixels, but no
-    narrower than in input pixels: antialiasing when it shrinks.
-    """
+    """(B, size, n): how row o of a resize of [start, start + length) to `size` weighs the n input pixels. Its kernel, a
+    triangle ("linear") or Keys' cubic with a = -1/2 ("bicubic"), is as wide as output pixels ask, but no narrower than
+    input pixels do: antialiasing when it shrinks."""
     pixel, row = (torch.arange(k, device=start.device) for k in (n, size))
     start, length = start[:, None, None], length[:, None, None]
     scale, inside = length / size, (pixel >= start) & (pixel < start + length)             # (B, 1, n)
@@ -306,10 +262,8 @@ def resize_weights(start, length, size, n, kernel="linear"):
 
 
 def crop_resize(images, boxes, size, kernel="linear"):
-    """Crops boxes (top, left, height, width: each int64 (B,), in pixels) and resizes them to (B, 3, size, size).
-
-    `kernel` is "linear" or "bicubic", as in resize_weights; what a cubic overshoots is cut to 0…1.
-    """
+    """Crops boxes (top, left, height, width: each int64 (B,), in pixels) and resizes them to (B, 3, size, size), by a
+    kernel of resize_weights; what a cubic overshoots is cut to 0…1."""
     (B, _, H, W), boxes = images.shape, torch.stack(tuple(boxes)).to(images.device, non_blocking=True)  # (4, B)
     weights = resize_weights(*boxes.view(2, -1), size, max(H, W), kernel)                  # (2B, size, max(H, W))
     rows, columns = weights[:B, None, :, :H], weights[B:, :, :W]                           # (B, 1, size, H)
@@ -326,9 +280,8 @@ def resize(images, size):
 
 
 def central_crop(images, size, aspect=None):
-    """Evaluation's crop, (B, 3, size, size): a central square of the true images, whose `aspect` (B,) is None if they
-    were not squeezed; its side is min(1, size / S) of their shorter one, as 224 of 256. Nothing random.
-    """
+    """Evaluation's crop, (B, 3, size, size): the central square of the true images, of width over height `aspect` (B,),
+    None if they were not squeezed, whose side is min(1, size / S) of their shorter one, as 224 of 256."""
     B, _, H, W = images.shape
     shape = (torch.full((B,), W / H) if aspect is None else aspect).to(images.device)      # width over height
     share = min(1, size / min(H, W))
@@ -368,9 +321,8 @@ def apply_to(images, chosen, change, *values):
     """Replaces, in place, the images where `chosen` (bool (B,), on the CPU) by change(these images, their values)."""
     ids = chosen.nonzero().flatten()
     if len(ids):
-        where, *values = torch.stack([ids, *(v[ids] for v in values)]).to(images.device, non_blocking=True)
-        where = where.long()
-        images.index_copy_(0, where, change(images[where], *values))
+        ids, *values = torch.stack([ids, *(v[ids] for v in values)]).to(images.device, non_blocking=True)  # one copy
+        images.index_copy_(0, ids.long(), change(images[ids.long()], *values))
     return images
 
 
@@ -421,7 +373,7 @@ def adjust_hue(images, factor):
 
 def color_jitter(images, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8):
     """With probability p the four changes in random order, factors uniform in 1 ± strength (hue: 0 ± strength)."""
-    B, changes = len(images), (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+    B, changes = len(images), (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)  # 0, 1, 2, 3
     factors = [torch.empty(B).uniform_(max(0, 1 - s), 1 + s) for s in (brightness, contrast, saturation)]
     factors = torch.stack([*factors, torch.empty(B).uniform_(-hue, hue)])                  # (4, B)
     order = torch.rand(B, 4).argsort(1).T                                                  # (4, B): each turn's change
@@ -446,58 +398,3 @@ def gaussian_blur(images, p=0.5, sigma=(0.1, 2.0)):
         return rows @ x @ columns.mT                                                       # rows (B, 1, H, H)
     sigmas = torch.empty(len(images)).uniform_(*sigma)
     return apply_to(images.clone(), torch.rand(len(images)) < p, blur, sigmas) if p > 0 else images
-
-
-def warp(images, xx=1.0, xy=0.0, yx=0.0, yy=1.0, x=0.0, y=0.0):
-    """Resamples, bilinear, black outside: the pixel at (u, v) is fetched from (xx·u + xy·v + x, yx·u + yy·v + y), in
-    half sides from the centre, v downwards; each a number or one for each image (B,)."""
-    zeros = torch.zeros(len(images), device=images.device)
-    inverse = torch.stack([torch.stack([zeros + v for v in row], 1) for row in ((xx, xy, x), (yx, yy, y))], 1)
-    return F.grid_sample(images, F.affine_grid(inverse, images.shape, align_corners=False), align_corners=False)
-
-
-def rotate(images, angle):
-    """Turns each image by `angle` (B,) radians, clockwise. Square images."""
-    return warp(images, angle.cos(), angle.sin(), -angle.sin(), angle.cos())
-
-
-def adjust_sharpness(images, factor):
-    """Blends with a smoothed image: factor (B,) ≥ 0, 1 changes nothing."""
-    return torch.lerp(TF.adjust_sharpness(images, 0.0), images, factor[:, None, None, None]).clamp_(0, 1)
-
-
-def posterize(images, bits):
-    """Keeps the highest `bits` (B,), 0…8, of each value's eight."""
-    step = 2 ** (8 - bits.round())[:, None, None, None]
-    return (images * 255).round_().div_(step).floor_().mul_(step).div_(255)
-
-
-def solarize(images, threshold):
-    """Inverts the values from `threshold` (B,) on."""
-    return torch.where(images >= threshold[:, None, None, None], 1 - images, images)
-
-
-RANDAUGMENT = {  # what it does with images and s (B,): the strength -1…1; five of them leave its sign aside
-    "identity": lambda x, s: x,
-    "shear x": lambda x, s: warp(x, xy=0.3 * s), "shear y": lambda x, s: warp(x, yx=0.3 * s),
-    "translate x": lambda x, s: warp(x, x=2 * 150 / 331 * s),
-    "translate y": lambda x, s: warp(x, y=2 * 150 / 331 * s),
-    "rotate": lambda x, s: rotate(x, s * math.radians(30)),
-    "brightness": lambda x, s: adjust_brightness(x, 1 + 0.9 * s),
-    "colour": lambda x, s: adjust_saturation(x, 1 + 0.9 * s),
-    "contrast": lambda x, s: adjust_contrast(x, 1 + 0.9 * s),
-    "sharpness": lambda x, s: adjust_sharpness(x, 1 + 0.9 * s),
-    "posterize": lambda x, s: posterize(x, 8 - (4 * s.abs()).round()),
-    "solarize": lambda x, s: solarize(x, 1 - s.abs()),
-    "autocontrast": lambda x, s: TF.autocontrast(x), "equalize": lambda x, s: TF.equalize(x)}
-
-
-def rand_augment(images, ops=2, magnitude=9):
-    """RandAugment (arXiv 1909.13719): `ops` of RANDAUGMENT for each image, by chance, at `magnitude`, 0…30. Ranges are
-    torchvision's; geometry is bilinear, shears are about the centre. Square images."""
-    images = images.clone()
-    for _ in range(ops):
-        chosen, sign = torch.randint(len(RANDAUGMENT), (len(images),)), torch.randint(2, (len(images),)) * 2 - 1
-        for i, change in enumerate(RANDAUGMENT.values()):
-            images = apply_to(images, chosen == i, change, sign * magnitude / 30)
-    return images

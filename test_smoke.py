@@ -192,13 +192,13 @@ def test_views_send_few_copies_to_the_device(method):
         assert eval_speed.count_copies(job)[0] == 1
 
 
-@pytest.mark.parametrize("kernel, mode", [("linear", InterpolationMode.BILINEAR), ("bicubic", InterpolationMode.BICUBIC)])
+@pytest.mark.parametrize("kernel, mode", [("linear", "BILINEAR"), ("bicubic", "BICUBIC")])
 def test_crops_equal_torchvisions(kernel, mode):
     torch.manual_seed(0)
     x = torch.rand(4, 3, 20, 30)
     boxes = torch.tensor([[0, 3, 10, 1], [0, 5, 2, 13], [20, 9, 7, 19], [30, 11, 28, 3]])  # top, left, height, width
     for size in (6, 16, 40):
-        theirs = torch.stack([TF.resized_crop(image, *box, [size, size], mode, antialias=True)
+        theirs = torch.stack([TF.resized_crop(image, *box, [size, size], InterpolationMode[mode], antialias=True)
                               for image, box in zip(x, boxes.T.tolist())]).clamp(0, 1)
         assert (common.crop_resize(x, boxes, size, kernel) - theirs).abs().max() < 1e-3
         if size == 16:
@@ -231,7 +231,7 @@ def test_crop_boxes_follow_random_resized_crop(height, width, aspect):
         assert agree(measure(ours), measure(theirs))
 
 
-@pytest.mark.parametrize("aspect, ratio", [(1.0, (1.5, 2.0)), (4.0, (0.75, 4 / 3)), (0.25, (0.75, 4 / 3)), (1.5, (1, 2))])
+@pytest.mark.parametrize("aspect, ratio", [(1.0, (1.5, 2.0)), (4.0, (0.75, 4 / 3)), (0.25, (0.75, 4 / 3))])
 def test_where_no_try_fits_the_crop_is_torchvisions_central_one(aspect, ratio):
     height, width = round(200 / aspect ** 0.5), round(200 * aspect ** 0.5)
     boxes = common.crop_boxes(3, 100, 100, (1.5, 1.5), ratio, torch.full((3,), aspect))
@@ -359,12 +359,12 @@ def test_folders_without_classes_or_test_images_are_for_training(folder, tmp_pat
 
 KILLED = """
 import images, os, signal, sys
-squeeze = images.squeeze
+read = images.read_image
 def die(file, side):
-    if file.name == "1.png":
+    if os.path.isdir(sys.argv[2]) and file.endswith("1.png"):
         os.kill(os.getpid(), signal.SIGKILL)
-    return squeeze(file, side)
-images.squeeze = die
+    return read(file, side)
+images.read_image = die
 images.load_images(sys.argv[1], "train", 32, sys.argv[2], workers=1)
 """
 

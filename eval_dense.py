@@ -61,7 +61,7 @@ def read_pair(image, annotation, side):
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{annotation}: can't be read as an image ({error})") from error
     check(indices.mode in ("L", "P"), "--data", annotation, f"must be a PNG of indices 0 to 255, but is {indices.mode}")
-    picture = read_image(image)
+    picture = read_image(image, 1 << 16)
     check(picture.size == indices.size, "--data", annotation, f"is {indices.size}, its image {picture.size}")
     picture = central_square(picture, side, Image.Resampling.BICUBIC)
     return np.array(picture), np.array(central_square(indices, side, Image.Resampling.NEAREST))

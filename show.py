@@ -141,7 +141,7 @@ def heat_map(values, x):
 
 def on_white(file):
     """An image file upright in RGB, what is transparent in it white. Raises UserError."""
-    read_image(file)  # says what is wrong with it
+    read_image(file, 1 << 16)  # says what is wrong with it
     with Image.open(file) as image:
         image = ImageOps.exif_transpose(image).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

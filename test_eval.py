@@ -30,7 +30,7 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture
 def little(monkeypatch):
-    """40 training and 32 test shapes of the first four classes, for all programs."""
+    """40 training and 32 test shapes of the first four classes, for all programs; pictures of figures stay empty."""
     parts = []
     for split, n in (("train", 40), ("test", 32)):
         x, y, aspect = common.load_images("shapes", split, 18)
@@ -38,6 +38,8 @@ def little(monkeypatch):
         parts.append((x, y, aspect))
     for module in (eval_linear, eval_finetune, show):
         monkeypatch.setattr(module, "load_data", lambda cfg: parts)
+    for module, name in ((common, "draw_curves"), (eval_finetune, "draw_confusion"), (eval_linear, "draw_confusion")):
+        monkeypatch.setattr(module, name, lambda file, *_: file.touch())
     return parts
 
 
@@ -109,8 +111,8 @@ def test_tokens_are_standardised_held_or_computed_anew(monkeypatch):
 
 def test_tokens_are_those_of_the_encoder():
     model, x = build(SMALL["mvmae"]), (255 * torch.rand(6, 3, 24, 24)).byte()
-    parts, here = [(x[ids], None, torch.ones(len(x[ids]))) for ids in (slice(4), slice(4, 6))], common.start_processes("cpu")
-    tokens = eval_linear.tokens_of(model.encoder, parts, 16, here, amp=False)
+    parts = [(images, None, torch.ones(len(images))) for images in (x[:4], x[4:])]
+    tokens = eval_linear.tokens_of(model.encoder, parts, 16, common.start_processes("cpu"), amp=False)
     with torch.no_grad():
         plain = model.encoder.tokens(common.normalize(common.central_crop(x, 16)))  # (6, 16, 48)
     expected = (plain - plain[:4].mean((0, 1))) / plain[:4].std((0, 1))
@@ -149,7 +151,7 @@ def test_evaluation_writes_what_it_found(checkpoints, little, tmp_path, method, 
         assert first["linear_top1"][0] == eval_linear.top(linear, truth, 1)
     else:
         assert row["linear_top1"] == eval_linear.top(linear, truth, 1) and "±" not in told and not first
-    assert Image.open(checkpoints[method] / "confusion.png").size == (800, 700)
+    assert (checkpoints[method] / "confusion.png").exists()
 
 
 @pytest.mark.parametrize("kind", ["no labels", "no test images", "unlabelled test images", "one class"])
@@ -610,7 +612,8 @@ def test_few_labels_make_a_batch_that_fits(checkpoints, little, tmp_path, capsys
         cfg = settings(checkpoints["mvmae"], tmp_path / str(batch), labels=0.5, batch=batch, steps=1)
         out, told = eval_finetune.train(cfg), capsys.readouterr().out
         assert json.loads((out / "config.json").read_text())["config"]["batch"] == taken
-        assert "20 labelled images" in told and ("--batch 2, a tenth of these, which fill no 21" in told) == (taken == 2)
+        said = "--batch 2, a tenth of these, which fill no 21" in told
+        assert "20 labelled images" in told and said == (taken == 2)
 
 
 @pytest.mark.parametrize("command, words", [
@@ -686,9 +689,10 @@ def test_fine_tuning_learns_shapes(checkpoints, tmp_path, monkeypatch):
     parts = []
     for split, n in (("train", 400), ("test", 200)):
         x, y, aspect = common.load_images("shapes", split, 16)
-        parts.append(tuple(part[y < 2][:n] for part in (x, y, aspect)))
+        parts.append(tuple(part[y % 9 == 0][:n] for part in (x, y, aspect)))  # discs and stripes
     monkeypatch.setattr(eval_finetune, "load_data", lambda cfg: parts)
-    cfg = settings(checkpoints["mclim"], tmp_path / "tuned", batch=32, epochs=8, lr=2e-2, rand_ops=0, log_every=50)
+    cfg = settings(checkpoints["mclim"], tmp_path / "tuned", batch=32, epochs=6, lr=1e-2, rand_ops=0, crop_min=1.0,
+                   log_every=50)
     report = json.loads((eval_finetune.train(cfg) / "eval_finetune.json").read_text())
     assert report["percent"]["top1"] > 75, report  # chance is 50
 
@@ -750,7 +754,8 @@ def test_attention_maps_are_the_softmax_of_the_last_blocks_query(cfg):
                 weights = [math.exp(float(query @ (W_k @ token + b_k)) / math.sqrt(d)) for token in x_in[b]]
                 expected = torch.tensor(weights) / sum(weights)
                 assert torch.allclose(maps[b, k], expected[1:] if cls else expected, atol=1e-5)
-    assert maps.shape[2] == encoder.tokens(x).shape[1] and K == getattr(block.attn, "num_heads", cfg.heads)
+    assert maps.shape[2] == encoder.tokens(x).shape[1]
+    assert K == (block.attn.num_heads if hasattr(encoder, "stages") else block.attn.heads) > 1
     assert not any(module._forward_pre_hooks for module in encoder.modules())
 
 

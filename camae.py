@@ -5,7 +5,8 @@ An encoder is contrasted with its momentum average on two views, and the first o
 of its patches. Which quarter, its own attention says: the patches that one head of the last block finds most
 informative are masked (IDM). The head is drawn in each step, more often one whose masks are hard to reconstruct (PLB).
 
-One training step on B images of N patches, K heads (the paper's M), P the number of values of a patch:
+f encoder, g projector, q decoder, f_xi and g_xi momentum averages, p the heads' probabilities. One training step on B
+images of N patches, K heads (the paper's M), P the number of values of a patch:
     view1, view2 = augment(images), augment(images)              # §III-A    (B, 3, 224, 224)
     z1, z2 = g(f(view1)), g(f(view2))                            # §III-A    (B, 256)
     z1_xi, z2_xi = g_xi(f_xi(view1)), g_xi(f_xi(view2))          # §III-A    (B, 256), no gradient
@@ -15,11 +16,11 @@ One training step on B images of N patches, K heads (the paper's M), P the numbe
     L_m = MSE(q(f(visible patches)), view1), masked ones only    # Eq. 2     a number, from (B, N, P)
     step of AdamW on L_c + L_m for f, g, q                       # Eq. 6
     f_xi, g_xi ← momentum·(f_xi, g_xi) + (1 - momentum)·(f, g)   # Figure 1
-    after each epoch: p moves towards softmax(L_m of each head)  # Eq. 4     (K,)
+    after each epoch: p = 0.01·p + 0.99·softmax(L_m/0.2)         # Eq. 4     (K,), L_m of each head
 
-What may change the result, because the paper leaves it open: the scale of L_m in Eq. 4 (--plb-loss; by the mean p stays
-nearly even), momentum (--momentum), whether the patch embedding is frozen (--freeze-patch), whether pixels are
-normalised (--norm-pixels), whose attention masks (f's class token's), crops and colours (--crop-min --jitter …), --lr.
+What may change the result, because the paper leaves it open: the scale of L_m in Eq. 4 (--plb-loss; by the mean no
+head rules), momentum (--momentum), whether the patch embedding is frozen (--freeze-patch), whether pixels are
+normalised (--norm-pixels), whose attention decides the mask (f's class token's), augmentations (--crop-min …), --lr.
 
     torchrun --nproc-per-node 8 camae.py --data PATH         the paper's experiment, on ImageNet
     python camae.py --tiny --data shapes                     a first look on a laptop
@@ -56,7 +57,7 @@ class Config:
     tau: float = 0.2  # τ, temperature, §IV-A
     lam: float = 0.99  # λ, weight of the new estimate of p, Eq. 4
     eps: float = 0.2  # ε, temperature of the heads' losses, Eq. 4
-    plb_loss: Literal["mean", "patches", "sum"] = "mean"  # L^m in Eq. 4: a mean; summed over patches; over pixels, too
+    plb_loss: Literal["mean", "patches", "sum"] = "mean"  # L^m in Eq. 4: mean; sum over patches; also over pixels
     momentum: float = 0.99  # of f_ξ and g_ξ, rising to 1 by a cosine; MoCo v3's ([10]); DINO's ([7]) is 0.996
     crop_min: float = 0.08  # smallest crop, share of the area; MoCo v3's
     jitter: float = 0.8  # probability of colour jitter; MoCo v3's
@@ -178,7 +179,7 @@ class CAMAE(nn.Module):
         Eq. 1, "reconstruction": Eq. 2}, without what --no-contrast or --no-mim leaves out."""
         cfg, before, L_c, L_m, losses = self.cfg, None, 0, 0, {}
         if cfg.contrast:
-            tokens1, before = self.encoder(view1, inside=True)  # (B, 1 + N, D) each
+            tokens1, before = self.encoder(view1, inside=True)  # (B, 1 + N, D) each; before the last block
             h1, h2 = self.encoder.vector(tokens1), self.encoder.features(view2)  # h_i of either view, (B, D)
             z1, z2 = self.g_theta(gather(h1)), self.g_theta(gather(h2))  # z_i, (world·B, 256)
             with torch.no_grad():
@@ -207,7 +208,7 @@ class CAMAE(nn.Module):
         return idm_mask(attention.index_select(1, m)[:, 0], self.cfg.mask)
 
     def decode(self, x, mask):
-        """Images (B, 3, H, W) whose patches are masked (B, N) → all patches as the decoder has them (B, N, P)."""
+        """Images (B, 3, H, W) whose patches are masked (B, N) → the decoder's prediction of all patches (B, N, P)."""
         visible = visible_first(mask)[:, :self.V]  # (B, V)
         return self.decoder(self.encoder(x, visible), visible)
 
@@ -228,8 +229,8 @@ class CAMAE(nn.Module):
 
 
 def plb_scale(cfg):
-    """How often Eq. 4's L^m holds the mean squared error of masked_mse: 1 where it is the mean itself, the number of
-    masked patches where they are summed, the number of their pixel values where all is summed (--plb-loss). Eq. 2"""
+    """The factor that turns masked_mse, a mean, into the L^m of Eq. 4, by --plb-loss: 1 for the mean itself, the number
+    of masked patches for the sum over patches, the number of masked pixel values for the sum over all of them. Eq. 2"""
     patches = (cfg.img // cfg.patch) ** 2
     masked = round(cfg.mask * patches)
     return {"mean": 1, "patches": masked, "sum": masked * 3 * cfg.patch ** 2}[cfg.plb_loss]
@@ -270,7 +271,7 @@ class PLB(nn.Module):
         self.counts.zero_()
 
     def heads_in_play(self):
-        """exp of the entropy of p, a number: 1 where one head is drawn always, K where all are drawn alike."""
+        """The perplexity of p, exp of its entropy, a number: 1 where one head is always drawn, K where p is even."""
         return torch.special.entr(self.p).sum().exp()
 
 

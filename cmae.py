@@ -6,20 +6,20 @@ apart, are contrasted with those that a momentum encoder M_E makes of another vi
 predicted. Views are cut around the object, which E itself finds (ContrastiveCrop). P, M_P: projection, its average.
 
 One training step on B images of N patches, V of them visible, D the width of a token:
-    I = the box around where E's heat map M is above k      # Eq. 1        (B, 4), anew every 60 epochs
+    I = the box around where E's heat map M is above k      # Eq. 1        (B, 4), from epoch 60 on, anew every 60
     x_q, x_k = flip(crop(images, I)), the same again        # §3.2         (B, 3, 64, 64)
     q1, q2 = E(visible of x_q), detach(E(masked of x_q))    # §3.3         (B, 1 + V, D), (B, 1 + N - V, D)
     k1, k2 = M_E(visible of x_k), M_E(masked of x_k)        # §3.3         the same shapes
     h1, h2 = restore([q1, q2]), restore([k1, k2])           # Eq. 2        (B, 1 + N, D)
     L_ctr = InfoNCE(P(mean of h1), M_P(mean of h2))         # Eq. 3        a number, from vectors (B, D)
-    L_loc = ‖p - true place, one-hot‖, p = MLP(q1)          # Eq. 4, 5     a number, from (B, V, N)
+    L_loc = ‖p - true place, one-hot‖, p = MLP(MLP(q1))     # Eq. 4, 5     a number, from (B, V, N)
     L_con = MSE(decoder(q1), x_q), masked patches only      # §3.5         a number
     step of AdamW on λ_ctr·L_ctr + λ_loc·L_loc + λ_con·L_con  # Eq. 6
     M_E, M_P ← m·(M_E, M_P) + (1 - m)·(E, P)                # §3.3, MoCo v3's momentum average
 
-What may change the result, because the paper does not say it: whether Eq. 4's tokens were told their places
-(--location-from: they are, as in MAE; the task is then trivial, but the printed norm's gradient does not fade as its
-loss does, so that E learns to keep places); what of h is projected, and how (--pool, --projection); what M is, and k:
+What may change the result, because the paper does not say it: whether the tokens of Eq. 4 hold their positions
+(--location-from: they do, as in MAE; the task is then trivial, but the gradient of the printed norm does not fade as
+its loss does, and teaches E to keep places); what of h is projected, and how (--pool, --projection); what M is, and k:
 0.1 may give boxes of nearly whole images (--heat, --k); for which batch the rate is (--lr 4e-3); Table 1's decoder
 (--decoder); and "frozen and fine-tuned": eval_linear.py measures the one, eval_finetune.py the other.
 
@@ -111,7 +111,7 @@ class Config:
         check(0 <= self.k < 1, "--k", self.k, "must lie between 0 and 1, and not be 1")
         attends = self.decoder == "transformer" or self.decoder.startswith("hybrid") and self.decoder_depth > 1
         learns = self.lam_con > 0 and attends or self.lam_ctr > 0 and self.pool == "cls"
-        check(self.heat == "features" or learns, "--heat", self.heat,
+        check(self.heat == "features" or learns or self.crop_from >= self.epochs, "--heat", self.heat,
               "shows where the class token looks, which no loss teaches it here: take --heat features")
 
 
@@ -148,7 +148,8 @@ def contrastive_crop(images, size, scale, boxes, alpha, aspect=None):
 
 
 def crop_starts(low, high, length, place):
-    """Where crops of `length` begin, centred at `place` (0…1) between low and high, if they fit; each (B,), 0…1."""
+    """Where crops of `length` begin: `place` (0…1) of the way between the starts of crops centred at low and at high,
+    each moved inside the image before; all (B,), 0…1."""
     low, high = ((edge - length / 2).clamp(min=0).minimum(1 - length) for edge in (low, high))
     return torch.lerp(low, high, place)
 
@@ -179,12 +180,12 @@ def take(x, ids):
     return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[2]))
 
 
-def restore(visible, masked, order):
+def restore(q1, q2, order):
     """Merges the tokens of an image's two halves, class token first in each, (B, 1 + V, D) and (B, 1 + N - V, D), and
     puts them into their places, given their `order` (B, N): (B, 1 + N, D), first the mean of the class tokens. Eq. 2"""
-    x = torch.cat([visible[:, 1:], masked[:, 1:]], 1)  # Eq. 2, concat: (B, N, D)
+    x = torch.cat([q1[:, 1:], q2[:, 1:]], 1)  # Eq. 2, concat: (B, N, D)
     x = torch.empty_like(x).scatter(1, order[:, :, None].expand_as(x), x)  # Eq. 2, restore
-    return torch.cat([(visible[:, :1] + masked[:, :1]) / 2, x], 1)
+    return torch.cat([(q1[:, :1] + q2[:, :1]) / 2, x], 1)
 
 
 class CMAE(nn.Module):
@@ -233,11 +234,11 @@ class CMAE(nn.Module):
         return {"loss": loss, **losses}
 
     def heat(self, x):
-        """The heat map M of Eq. 1 of normalised images (B, 3, H, W): (B, n, n), each from 0 to 1."""
+        """The heat map M of Eq. 1 of whole normalised images (B, 3, H, W): (B, n, n), each from 0 to 1."""
         if self.cfg.heat == "attention":
             heat = self.encoder.attention(x).mean(1)  # (B, N)
         else:
-            tokens = self.encoder.blocks[-1](self.encoder(x, inside=True)[1])  # (B, 1 + N, D), not levelled by a norm
+            tokens = self.encoder.blocks[-1](self.encoder(x, inside=True)[1])  # (B, 1 + N, D), before the last norm
             heat = tokens[:, 1:].abs().mean(2)  # (B, N)
         low, high = heat.amin(1, keepdim=True), heat.amax(1, keepdim=True)
         return ((heat - low) / (high - low).clamp(min=1e-12)).unflatten(1, (self.grid, self.grid))
@@ -263,7 +264,7 @@ class Boxes(nn.Module):
 
     @torch.no_grad()
     def locate(self, model, images, here):
-        """Computes them anew from the model's heat maps of uint8 images (N, 3, S, S); each process does all."""
+        """Computes the boxes anew from the model's heat maps of uint8 images (all, 3, S, S); each process does all."""
         for ids in torch.arange(len(images)).split(250):
             x = normalize(resize(images[ids].to(here.device), model.cfg.img))
             with autocast(here.device, model.cfg.amp):

@@ -1,17 +1,18 @@
 """MACRL: Yuchong Yao, Nandakishor Desai and Marimuthu Palaniswami, "Masked Contrastive Representation Learning",
-arXiv 2211.06012, 2022. Written from its abstract alone: what that does not say, all numbers too, is a choice made here.
+arXiv 2211.06012, 2022. Written from its abstract; projector, bank and clean targets from a third party's summary.
+What neither says, all numbers too, is a choice made here.
 
 Two views of an image go through a siamese network, an encoder and a decoder in both branches. Branch s gets the higher
-mask ratio and the stronger augmentation, branch w the weaker of both. The encoder's features of the two branches are
+mask ratio and the stronger augmentation, branch w less of either. The encoder's features of the two branches are
 contrasted, and both decoders reconstruct, with an L1 loss.
 
-One training step on B images of N patches, V of them visible, D the width of a token, P the number of a patch's values:
-    c_s, c_w = crop(images), crop(images)                      # what is to be reconstructed       (B, 3, 32, 32)
-    x_s, x_w = augment_colour(c_s), the same(c_w) more rarely  # "stronger data augmentation"      (B, 3, 32, 32)
+One step on B images, N patches, V visible (fewer in s), D a token's width, P values a patch; means of visible patches:
+    c_s, c_w = crop(images), crop(images), larger ones for w   # what is to be reconstructed       (B, 3, 32, 32)
+    x_s, x_w = colour(c_s), colour(c_w) with lower chances     # "stronger data augmentation"      (B, 3, 32, 32)
     z_s = f(x_s), of 25 % of its patches                       # "higher mask ratio"               (B, 1 + V, D)
     z_w = f(x_w), of 50 % of its patches                       # "weaker data corruptions"         (B, 1 + V, D)
     q, k = g(mean(z_s)), g_ξ(mean(f_ξ(x_w, of those 50 %)))    # "the encoder in both branches"    (B, 128)
-    L_c = InfoNCE(q, k, bank of 4096 earlier k)                # "contrastive learning objective"  a number
+    L_c = InfoNCE(q, k; other k, bank of 4096 earlier k)       # "contrastive learning objective"  a number
     y_s, y_w = d_s(z_s), d_w(z_w)                              # "the decoders' outputs"           (B, N, P)
     L_s, L_w = L1(y_s, c_s), L1(y_w, c_w), where masked        # "L_1 reconstruction loss"         two numbers
     step of AdamW on λ_c·L_c + λ_r·(L_s + L_w)/2 for f, g, d_s, d_w
@@ -22,7 +23,7 @@ augmentations (--crop-min-s, --jitter-s, …), what is reconstructed (--restore,
 are contrasted (--pool), how keys are made (--keys, --momentum), negatives (--bank), weights (--lam-c, --lam-r), sizes.
 
     python macrl.py                                         these defaults, on CIFAR-10, for a GPU
-    python macrl.py --keys shared --bank 0                  the abstract to the letter: one encoder, no bank
+    python macrl.py --keys shared --bank 0                  nearer the abstract: one encoder, no bank
     python macrl.py --tiny --data shapes                    a first look on a laptop; then eval_linear.py, show.py
 
 Measured: FIRSTEPOCH
@@ -54,13 +55,13 @@ class Config:
     lam_c: float = 1.0  # λ_c, weight of the contrast, a choice made here; 0 leaves it out
     lam_r: float = 1.0  # λ_r, weight of the reconstruction, a choice made here; 0 leaves it out
     tau: float = 0.2  # τ, temperature; MoCo v2's
-    bank: int = 4096  # keys of earlier steps as negatives, 0 for none; a choice made here
-    keys: Literal["momentum", "shared"] = "momentum"  # keys by averages of the trained networks (MoCo's), or by these
+    bank: int = 4096  # keys of earlier steps as negatives, 0 for none; the summary's, its size chosen here
+    keys: Literal["momentum", "shared"] = "momentum"  # keys by averages of f and g (MoCo's), or by f and g themselves
     momentum: float = 0.99  # of those averages, rising to 1 by a cosine; MoCo v3's
     pool: Literal["mean", "cls"] = "mean"  # contrasted: the patches' mean (a choice made here), or class token
-    restore: Literal["clean", "view"] = "clean"  # target: crop before its colours change (a choice made here), or view
+    restore: Literal["clean", "view"] = "clean"  # target: crop before its colours change (after the summary), or view
     pixels: Literal["masked", "all"] = "masked"  # L1 over the masked patches, MAE's, or over all
-    norm_pixels: bool = False  # reconstruct each patch at mean 0, deviation 1; no: a choice made here
+    norm_pixels: bool = False  # target: each patch at mean 0, deviation 1 (MAE's); no: chosen here
     crop_min_s: float = 0.2  # smallest crop of branch s, share of the area; MoCo v2's
     crop_min_w: float = 0.5  # smallest crop of branch w; a choice made here
     jitter_s: float = 0.8  # probability of colour jitter in branch s; MoCo v2's
@@ -141,8 +142,8 @@ def clean_views(images, cfg, aspect=None):
 
 
 def corrupt(clean, cfg):
-    """Changes the colours of the two of clean_views, more often in branch s: x_s and x_w, normalised (B, 3, img, img).
-    "stronger data augmentation" """
+    """The "stronger data augmentation": changes the colours of both crops of clean_views, more often in branch s.
+    Returns x_s and x_w, normalised, (B, 3, img, img) each."""
     chances = (cfg.jitter_s, cfg.gray_s, cfg.blur_s), (cfg.jitter_w, cfg.gray_w, cfg.blur_w)
     return tuple(normalize(gaussian_blur(random_grayscale(color_jitter(x, p=jitter), gray), blur))
                  for x, (jitter, gray, blur) in zip(clean, chances))
@@ -188,14 +189,15 @@ class MACRL(nn.Module):
         self.decoder_w.requires_grad_(cfg.lam_r > 0)
 
     def forward(self, view1, view2, target1=None, target2=None):
-        """Normalised views of branch s and w, and what is to be reconstructed, the views if None: (B, 3, H, W) →
+        """Normalised views of branch s (view1) and w (view2), and what each is to reconstruct (target1, target2), the
+        views if None: (B, 3, H, W) →
         {"loss", "contrast": L_c, "reconstruction": the mean of "reconstruction s": L_s and "reconstruction w": L_w},
         without what a weight of 0 leaves out. Fills the bank."""
         cfg, L_c, L_r, losses = self.cfg, 0, 0, {}
         mask_s, visible_s = self.draw(view1, cfg.mask)  # "higher mask ratio", (B, N), (B, V)
         mask_w, visible_w = self.draw(view2, cfg.mask_w)  # "weaker data corruptions", (B, N), (B, V)
         z_s = self.encoder(view1, visible_s)  # (B, 1 + V, D)
-        if cfg.lam_r > 0 or cfg.keys == "shared":
+        if cfg.lam_r > 0 or cfg.keys == "shared":  # otherwise only f_ξ sees branch w
             z_w = self.encoder(view2, visible_w)  # (B, 1 + V, D)
 
         if cfg.lam_c > 0:  # "features from the encoder in both branches"
@@ -208,7 +210,7 @@ class MACRL(nn.Module):
             losses["contrast"] = L_c = info_nce_loss(q, k, self.bank.keys, cfg.tau)  # "contrastive learning objective"
             self.bank.push(k)
         if cfg.lam_r > 0:  # "the decoders' outputs"
-            y_s, y_w = self.decoder_s(z_s, visible_s), self.decoder_w(z_w, visible_w)  # (B, N, P)
+            y_s, y_w = self.decoder_s(z_s, visible_s), self.decoder_w(z_w, visible_w)  # (B, N, P) each
             L_s = self.l1(y_s, view1 if target1 is None else target1, mask_s)
             L_w = self.l1(y_w, view2 if target2 is None else target2, mask_w)
             L_r = (L_s + L_w) / 2

@@ -33,7 +33,7 @@ from pictures import draw_confusion
 RECIPES = {"kNN": {"k": 20, "similarity": "cosine", "temperature": 0.07},
            "linear": {"optimizer": "AdamW", "lr": 2e-3, "weight_decay": 1e-4, "batch": 256, "epochs": 100,
                       "schedule": "cosine"},
-           "attentive": {"optimizer": "AdamW", "lr": 2e-2, "weight_decay": 1e-4, "batch": 256, "epochs": 10,
+           "attentive": {"optimizer": "AdamW", "lr": 5e-2, "weight_decay": 1e-4, "batch": 256, "epochs": 10,
                          "least_steps": 2_000, "schedule": "cosine"}}
 HELD = 16e9  # bytes of tokens that are held in memory, at most
 

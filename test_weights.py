@@ -2,7 +2,7 @@
 
 `python -m pytest -q test_weights.py`, on the CPU and without a network. SLOW=1 in the environment adds real kills.
 """
-import csv, json, math, os, pathlib, resource, signal, subprocess, sys, time
+import csv, json, math, os, resource, signal, subprocess, sys, time
 from dataclasses import replace
 
 import pytest

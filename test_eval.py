@@ -12,8 +12,8 @@ from torchvision.transforms import InterpolationMode
 
 import common, eval_dense, eval_finetune, eval_linear, eval_speed, pictures, show
 from test_papers import BACKBONES
-from test_smoke import (HERE, METHODS, SMALL, build, every_method, folder, killed_and_resumed, metrics, normal,
-                        torchrun)  # folder is a fixture
+from test_images import folder  # a fixture
+from test_smoke import (HERE, METHODS, SMALL, build, every_method, killed_and_resumed, metrics, normal, torchrun)
 
 
 @pytest.fixture(scope="module")
@@ -813,14 +813,6 @@ def test_show_takes_training_images_where_there_are_no_others(checkpoints, littl
     assert show.main([str(checkpoints["mclim"]), "--count", "40", "--seed", "3"]) == 0
     wanted = little[0][0][torch.randperm(40, generator=torch.Generator().manual_seed(3))]
     assert torch.equal(drawn[0]["original"], common.normalize(common.central_crop(wanted, 16)))
-
-
-def test_confusion_matrix_is_of_the_true_class(tmp_path, monkeypatch):
-    truth, guess, shown = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 2, 1, 0]), []
-    imshow = pictures.plt.Axes.imshow
-    monkeypatch.setattr(pictures.plt.Axes, "imshow", lambda axis, a, **kw: shown.append(a) or imshow(axis, a, **kw))
-    pictures.draw_confusion(tmp_path / "confusion.png", truth, guess, ["a", "b", "c"], "test")
-    assert shown[0].tolist() == [[75, 0, 25], [50, 50, 0], [0, 0, 0]] and (tmp_path / "confusion.png").exists()
 
 
 def test_panel_of_idm_shows_what_each_head_leaves():

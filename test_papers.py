@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode  # documented, though its module's name begins with _
 
 import camae, cmae, common, eval_finetune, images, macrl, mclim, mvmae

@@ -134,7 +134,7 @@ def main(argv=None):
 
     if hasattr(module, "visible_first"):
         every = torch.arange((cfg.img // cfg.patch) ** 2, device=here.device).expand(cfg.batch, -1)
-        mask = module.random_mask(cfg.batch, cfg.img // cfg.patch, cfg.mask, here.device).flatten(1)
+        mask = module.random_mask(cfg.batch, (cfg.img // cfg.patch) ** 2, cfg.mask, here.device)
         V, decoder = int((~mask[0]).sum()), model.decoder_s if method == "macrl" else model.decoder
 
         def one_view(visible):

@@ -23,10 +23,9 @@ from torchvision.utils import draw_bounding_boxes
 from common import (Parser, answer, central_crop, check, denormalize, draw_images, load_data, normalize,
                     start_processes)
 from eval_linear import load_model
-from images import read_image
+from images import KINDS, read_image
 from pictures import reconstruction_rows, restored_label
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 
 
 # Panels: (model, normalised images (n, 3, H, W)) → rows of the picture, label → normalised images (n, 3, H, W)
@@ -151,8 +150,8 @@ def own_images(folder, side, count):
     """The first `count` image files in `folder`, as load_images has images: uint8 (n, 3, side, side) and their aspect
     (n,); and the files' names. Raises UserError."""
     check(pathlib.Path(folder).is_dir(), "--images", folder, "is not a folder")
-    files = sorted(f for f in pathlib.Path(folder).rglob("*") if f.suffix.lower() in SUFFIXES)[:count]
-    check(files, "--images", folder, f"holds no image ({' '.join(sorted(SUFFIXES))})")
+    files = sorted(f for f in pathlib.Path(folder).rglob("*") if f.suffix.lower() in KINDS)[:count]
+    check(files, "--images", folder, f"holds no image ({' '.join(KINDS)})")
     pictures = [on_white(file) for file in files]
     squeezed = np.stack([p.resize((side, side), Image.Resampling.BICUBIC) for p in pictures])  # (n, side, side, 3)
     aspect = torch.tensor([p.width / p.height for p in pictures])

@@ -187,7 +187,8 @@ def show(args):
     torch.manual_seed(args.seed)
     rows = {}
     if images.shape[2] > cfg.img or (aspect != 1).any():
-        rows["whole image\n(the model sees\nits centre)"] = [whole(image, a) for image, a in zip(images, aspect.tolist())]
+        wholes = [whole(image, a) for image, a in zip(images, aspect.tolist())]
+        rows["whole image\n(the model sees\nits centre)"] = wholes
     with torch.no_grad():
         for panel in PANELS["every method"] + PANELS.get(type(model).__module__, []):
             rows.update(panel(model, x))

@@ -213,7 +213,8 @@ def test_moco_v3_and_simmim_fall_out_of_flags():
     assert not hasattr(simmim, "F2")
     free = mclim.MCLim(replace(SMALL["mclim"], freeze_patch=False))
     free(view1, view2)["loss"].backward()
-    assert free.encoder.patch_embed.proj.weight.grad.abs().sum() > 0 and not free.F2.patch_embed.proj.weight.requires_grad
+    assert free.encoder.patch_embed.proj.weight.grad.abs().sum() > 0
+    assert not free.F2.patch_embed.proj.weight.requires_grad
 
 
 def test_prediction_of_normalised_pixels_is_shown_as_pixels():
@@ -1221,7 +1222,7 @@ def test_a_step_waits_for_nothing_and_stays_on_its_device(cfg, monkeypatch):
 
 # What the files and their pages promise
 
-VIEWS = {"views", "contrastive_crop", "clean_views", "corrupt", "Boxes"}  # these crop and colour, with common's functions
+VIEWS = {"views", "contrastive_crop", "clean_views", "corrupt", "Boxes"}  # these use common's crops and colours
 
 
 def definitions(method):
@@ -1330,7 +1331,8 @@ def test_the_page_quotes_the_file(method):
 @every_method
 def test_the_page_names_flags_that_exist_and_draws_whole_formulas(method):
     page = (HERE / "papers" / f"{method}.md").read_text()
-    fields = {field.name for module in (*MODULES.values(), eval_finetune) for field in dataclasses.fields(module.Config)}
+    modules = *MODULES.values(), eval_finetune
+    fields = {field.name for module in modules for field in dataclasses.fields(module.Config)}
     others = {"baselines", "seeds", "nproc_per_node"}
     for flag in re.findall(r"--(?:no-)?([a-z][a-z0-9-]*)", page):
         assert flag.replace("-", "_") in fields | others, f"--{flag}"

@@ -37,7 +37,7 @@ def command_line(method, Config, TINY, argv=None):
     most a fifth of the epochs. Raises UserError.
     """
     about, kinds = inspect.getdoc(sys.modules[Config.__module__]), typing.get_type_hints(Config)
-    examples = re.findall(rf"^ +(python {method}\.py.*)", about, re.M)[:2]
+    examples = re.findall(rf"^ +((?:python|torchrun).*{method}\.py.*)", about, re.M)[:2]
     parser = Parser(f"{method}.py", usage=f"%(prog)s{' RUN' * ('run' in kinds)} [--flag value …]", allow_abbrev=False,
                     description=about.split("\n\n")[0], epilog="\n  ".join(["examples:", *examples]),
                     formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)

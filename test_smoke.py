@@ -152,7 +152,7 @@ def test_tiny_model_overfits_one_batch(method):
         optimizer.step()
         history.append({name: value.item() for name, value in losses.items()})
     mean = {name: sum(row[name] for row in history[-10:]) / 10 for name in history[0]}
-    assert mean["reconstruction"] < 0.9 * history[0]["reconstruction"] and mean["loss"] < 0.7 * history[0]["loss"], mean
+    assert mean["reconstruction"] < 0.9 * history[0]["reconstruction"] and mean["loss"] < 0.8 * history[0]["loss"], mean
 
 
 @every_method
@@ -346,7 +346,7 @@ def test_flags_are_the_fields(method, capsys):
         assert "--" + name.replace("_", "-") in text and re.sub(r"\s", "", comment) in packed, name
     for heading in ("method", "model", "optimisation", "run"):
         assert f"\n{heading}:\n" in text
-    assert text.count(f"\n  python {method}.py") == 2
+    assert text[text.index("\nexamples:"):].count(f"{method}.py") == 2
     differ = [name for name, value in vars(module.TINY).items() if value != getattr(module.Config, name)]
     assert packed.count(",tiny:") == len(differ) - 1  # --tiny itself has none
     assert f"(default:{module.Config.epochs},tiny:{module.TINY.epochs})" in packed
@@ -566,14 +566,12 @@ def test_two_processes_equal_one_of_twice_the_batch_and_train(tmp_path, monkeypa
             assert torch.allclose(buffer, two["buffers"][name], atol=1e-6), (method, name)
 
 
-
-
 # Learning
 
 @pytest.fixture(scope="session", autouse=True)
 def early(request):
-    """Starts `trained` before the first test, if a later one asks for it: it runs beside the others."""
-    if any("trained" in item.fixturenames for item in request.session.items):
+    """Starts `trained` before the first test, if a later one will ask for it: it runs beside the others."""
+    if "SLOW" in os.environ and any("trained" in item.fixturenames for item in request.session.items):
         request.getfixturevalue("trained")
 
 
@@ -589,6 +587,7 @@ def trained(tmp_path_factory):
                                                   tmp / method)) for method in METHODS}
 
 
+@slow
 @every_method
 def test_training_on_shapes_beats_the_untrained_encoder(trained, method):
     out, job = trained[method]

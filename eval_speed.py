@@ -12,10 +12,11 @@ Prints, each the median of the runs of five seconds after a warm-up:
   one view    where the encoder sees visible patches only: its forward and backward and the decoder's, against the same
               with all patches visible
 """
-import importlib, statistics, sys, time
+import importlib, math, statistics, sys, time
 from dataclasses import replace
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode  # documented, though its module's name begins with _
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -58,6 +59,29 @@ def count_copies(job):
     with Counter() as counter:
         job()
     return counter.copies, counter.kernels
+
+
+def convolution_backward_flop(grad, x, weight, *rest, **_):
+    """FLOP of a convolution's backward, of the shapes: as many as forward for each gradient that is asked for. (torch's
+    own count of the weight's is too large by the number of groups.)"""
+    return 2 * math.prod(grad) * math.prod(weight[1:]) * sum(rest[-1][:2])
+
+
+def gflop_per_image(cfg):
+    """GFLOP an image of a training step's forward and backward at `cfg`: matrix products and convolutions, attention's
+    among them, a product and a sum counted as two.
+
+    Counted on the CPU, so that it is the same on every machine, at a batch of two: the products of each image's vector
+    with all others' are nearly left out, and they are small. Views, optimiser, moving averages, CMAE's heat maps, and
+    what --recompute computes twice are left out. The global random numbers stay as they are.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = model_class(sys.modules[type(cfg).__module__])(cfg)
+        view1, view2 = torch.randn(2, 2, 3, cfg.img, cfg.img)  # (2, 3, H, W) each
+        mapping = {torch.ops.aten.convolution_backward: convolution_backward_flop}
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+            model(view1, view2)["loss"].backward()
+    return counter.get_total_flops() / len(view1) / 1e9
 
 
 class PilViews(Dataset):

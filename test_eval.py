@@ -1,6 +1,6 @@
 """Tests of what is done with a finished run: kNN and probes, segmentation, fine-tuning, speed, pictures."""
-import csv, inspect, json, math, re, shlex, shutil
-from dataclasses import fields, replace
+import csv, inspect, json, math, os, pathlib, random, re, shlex, shutil, signal, subprocess, sys, time, types
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
@@ -10,10 +10,11 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
-import common, eval_dense, eval_finetune, eval_linear, eval_speed, pictures, show
-from test_papers import BACKBONES
+import common, compare, eval_dense, eval_finetune, eval_linear, eval_speed, pictures, show
 from test_images import folder  # a fixture
-from test_smoke import (HERE, METHODS, SMALL, build, every_method, killed_and_resumed, metrics, normal, torchrun)
+from test_papers import BACKBONES
+from test_smoke import (HERE, METHODS, MODULES, SMALL, build, every_method, killed_and_resumed, metrics, normal, run,
+                        slow, torchrun)
 
 
 @pytest.fixture(scope="module")
@@ -832,3 +833,360 @@ def test_panel_of_branches_shows_both_and_their_targets(restore):
     s_view, s_masked, _, s_target, w_view, w_masked, _, w_target = rows.values()
     assert (s_masked == s_view).double().mean() == 0.25 and (w_masked == w_view).double().mean() == 0.5
     assert torch.equal(w_view, w_target) and torch.equal(s_view, s_target) == (restore == "view")
+
+
+# Comparison
+
+def layers(tokens, *widths):
+    """FLOP of linear layers one after the other, on so many tokens: a product and a sum are two."""
+    return sum(2 * tokens * a * b for a, b in zip(widths, widths[1:]))
+
+
+def blocks(tokens, dim, depth):
+    """Of transformer blocks: queries, keys and values, q·kᵀ and its product with v, projection, MLP."""
+    one = layers(tokens, dim, 3 * dim) + 2 * 2 * tokens ** 2 * dim + layers(tokens, dim, dim)
+    return depth * (one + layers(tokens, dim, 4 * dim, dim))
+
+
+def by_hand(cfg):
+    """FLOP of a training step of two images. Backward takes twice the forward; once for the patch embedding, whose
+    input needs no gradient; nothing where neither does."""
+    N, P, D, W = (cfg.img // cfg.patch) ** 2, 3 * cfg.patch ** 2, cfg.dim, getattr(cfg, "decoder_dim", 0)
+    method, patches = type(cfg).__module__, layers(N, P, D)
+    V = N - round(cfg.mask * N)
+    T = 1 + N  # with the class token
+
+    def encode(tokens, frozen=False):
+        return (1 if frozen else 2) * patches + 3 * blocks(tokens, D, cfg.depth)
+
+    def encode_only(tokens):
+        return patches + blocks(tokens, D, cfg.depth)
+
+    def decode(V):
+        return 3 * (layers(1 + V, D, W) + blocks(T, W, cfg.decoder_depth) + layers(T, W, P))
+
+    if method == "mclim":
+        head = layers(N, D, 4 * D, P) if cfg.head == "mlp" else layers(N, D, P)
+        image = encode(N, cfg.freeze_patch) + 3 * head
+        if cfg.contrast == "none":
+            return 2 * image
+        return 2 * (image + encode_only(N) + head) + 3 * layers(4, P, 4)
+    if method == "mvmae":
+        views = 1 if cfg.targets == "one" else 2
+        return 2 * views * (encode(1 + V) + decode(V)) + (3 * layers(4, D, 4) if cfg.lam > 0 else 0)
+    if method == "cmae":
+        contrast = encode_only(1 + N - V) + encode_only(1 + V) + encode_only(1 + N - V) + 4 * layers(1, D, D, D)
+        own = blocks(T, W, cfg.decoder_depth) if cfg.decoder == "transformer" else (
+            cfg.decoder_depth * (2 * 9 * N * W + layers(N, W, W)))  # 3×3 in each channel, then across them
+        decoder = 3 * (layers(1 + V, D, W) + own + layers(T, W, P))
+        return 2 * (encode(1 + V) + contrast + 3 * layers(V, D, D, N) + decoder) + 2 * layers(2, D, 2)
+    if method == "macrl":
+        V_w, g = N - round(cfg.mask_w * N), layers(1, D, cfg.hidden, cfg.out_dim)
+        contrast = encode_only(1 + V_w) + 4 * g + 2 * layers(1, cfg.out_dim, 2 + cfg.bank)
+        return 2 * (encode(1 + V) + encode(1 + V_w) + contrast + decode(V) + decode(V_w))
+    g = layers(1, D, cfg.hidden, cfg.hidden, cfg.out_dim)
+    contrast = 2 * (encode(T, cfg.freeze_patch) + encode_only(T) + 4 * g)
+    mim = layers(T, D, 3 * D) + encode(1 + V, cfg.freeze_patch) + decode(V)  # the first: of its attention map
+    return 2 * (contrast + (mim if cfg.mim else 0)) + 4 * layers(2, cfg.out_dim, 2)
+
+
+@pytest.mark.parametrize("method, flags", [*((method, {}) for method in METHODS),
+    ("mclim", {"contrast": "none", "head": "linear", "freeze_patch": False}), ("mvmae", {"targets": "one", "lam": 0}),
+    ("cmae", {"decoder": "conv", "heat": "features"}), ("camae", {"mim": False, "freeze_patch": True})], ids=str)
+def test_gflop_of_a_step_are_those_counted_by_hand(method, flags):
+    cfg = replace(SMALL[method], depth=3, **flags)
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    assert eval_speed.gflop_per_image(cfg) == pytest.approx(by_hand(cfg) / 2 / 1e9, rel=1e-9)
+    assert torch.rand(1) == expected  # random numbers go on as if nothing was counted
+
+
+def test_p_is_the_area_beyond_t_under_students_density():
+    for df in (1, 2, 3, 4, 5, 8, 13, 40):
+        for t in (0.0, 0.3, 1.0, 2.5, 6.0):
+            density = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+            x = torch.linspace(-t, t, 20_001, dtype=torch.float64)
+            within = torch.trapezoid(density * (1 + x ** 2 / df) ** (-(df + 1) / 2), x).item()
+            assert compare.student_p(t, df) == compare.student_p(-t, df) == pytest.approx(1 - within, abs=1e-7)
+
+
+def test_rows_are_compared_by_the_variance_pooled_over_all():
+    values = {"a": [1.0, 2.0, 3.0], "b": [4.0, 6.0], "c": [3.0]}
+    p = compare.compare_with(values, "a")
+    variance = (1 + 0 + 1 + 1 + 1) / (2 + 1 + 0)
+    assert p["b"] == pytest.approx(compare.student_p(3 / math.sqrt(variance * (1 / 3 + 1 / 2)), 3), rel=1e-12)
+    assert p["c"] == pytest.approx(compare.student_p(1 / math.sqrt(variance * (1 / 3 + 1 / 1)), 3), rel=1e-12)
+    assert math.isnan(p["a"])
+    assert math.isnan(compare.compare_with({"a": [1.0, 1.0], "c": [2.0, 2.0]}, "a")["c"])  # no variance, no verdict
+    assert math.isnan(compare.compare_with({"a": [1.0], "b": [2.0]}, "a")["b"])
+    assert math.isnan(compare.compare_with({"a": [1.0, 2.0], "b": [2.0, 3.0]}, "not yet done")["b"])
+
+
+def test_rows_are_read_with_their_names_or_without():
+    rows = compare.read_rows("# a comment\n\n MAE = mvmae.py --lam 0 --targets=one\ncmae.py --mask=0.5\nmclim.py")
+    assert rows == {"MAE": ("mae", "mvmae", ["--lam", "0", "--targets=one"]), "mclim.py": ("mclim-py", "mclim", []),
+                    "cmae.py --mask=0.5": ("cmae-py-mask-0-5", "cmae", ["--mask=0.5"])}
+    default = compare.read_rows(compare.ROWS)
+    assert len(default) == 8 and {row[1] for row in default.values()} == set(METHODS)
+
+
+ROWS = """MAE = mvmae.py --targets one --lam 0 --norm-pixels
+mclim.py
+CMAE = cmae.py --lam-loc 0
+contrast = camae.py --no-mim
+"""
+COMMON = "--tiny --data shapes --images 200 --img 16 --dim 48 --depth 2 --batch 50 --knn-every 0 --device cpu".split()
+
+
+@pytest.fixture
+def fast(tmp_path, monkeypatch):
+    """Few shapes, few epochs of the probes, no pictures, one thread, and how compare.py is called: folder, flags."""
+    parts = {split: [part[:n] for part in common.load_images("shapes", split, 18)] for split, n in (("train", 240),
+                                                                                                   ("test", 100))}
+    monkeypatch.setattr(common, "load_images", lambda data, split, *_: parts[split])
+    for module, name in ((common, "draw_images"), (common, "draw_curves"), (eval_linear, "draw_confusion"),
+                         (compare, "draw_table")):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    for recipe, name in (("linear", "epochs"), ("attentive", "epochs"), ("attentive", "least_steps")):
+        monkeypatch.setitem(eval_linear.RECIPES[recipe], name, 2)
+    costs = {"mclim": 0.01, "mvmae": 0.025, "cmae": 0.03, "camae": 0.027}
+    monkeypatch.setattr(compare, "gflop_per_image", lambda cfg: costs[type(cfg).__module__])
+    (tmp_path / "rows").write_text(ROWS)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield lambda out, *more, flags=COMMON: compare.main(
+        ["--rows", str(tmp_path / "rows"), "--out", str(tmp_path / out), "--seeds", "0", "1", *flags, *more])
+    torch.set_num_threads(threads)
+    for sign, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        signal.signal(sign, usual)
+
+
+def outcome(folder):
+    """What must not depend on when a comparison was stopped: the table but for seconds, and the scores of each run."""
+    with open(folder / "table.csv", newline="") as file:
+        table = [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+    reports = {file.parent.name: json.loads(file.read_text()) for file in folder.glob("*/eval_linear.json")}
+    return table, {name: (report["percent"], report["effective_rank"]) for name, report in reports.items()}
+
+
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+def test_a_comparison_killed_anywhere_ends_in_the_same_table(fast, tmp_path, monkeypatch, capsys):
+    assert fast("whole", "--gflop", "9") == 0
+    said = capsys.readouterr().out
+    assert "run 8 of 8: contrast, seed 1" in said and said.count("GFLOP left, ") == 7
+    assert len({metrics(tmp_path / "whole" / f"{row}-0")[-1]["epoch"] for row in ("mae", "mclim-py", "cmae")}) == 3
+    report = json.loads((tmp_path / "whole" / "mae-0" / "eval_linear.json").read_text())
+    report["percent"]["trained encoder"]["knn_top1"] = 99
+    save, main, saves, stale, evaluated, draw = common.Run.save, eval_linear.main, [], [], [], random.Random(0)
+    deaths = dict(zip(draw.sample(range(1, 60), 4), (Killed, Killed, KeyboardInterrupt, SystemExit(143))))
+
+    def save_and_die(self, step, *args, **parts):
+        assert str(self.folder) not in evaluated  # what is finished is never repeated
+        saves.append(step)
+        if len(saves) in deaths:
+            if len(stale) % 2:
+                save(self, step, *args, **parts)
+            stale.append(str(self.folder))
+            if step < self.steps:
+                (self.folder / "eval_linear.json").write_text(json.dumps(report))  # as if its user had looked at it
+            raise deaths[len(saves)]
+        save(self, step, *args, **parts)
+
+    def evaluate_and_die(argv):
+        evaluated.append(argv[0])
+        if argv[0] in stale and evaluated.count(argv[0]) == 1:
+            if argv[0] == stale[0]:
+                pathlib.Path(argv[0], "eval_linear.json").write_text('{"per')
+            raise Killed
+        return main(argv)
+
+    monkeypatch.setattr(common.Run, "save", save_and_die)
+    monkeypatch.setattr(eval_linear, "main", evaluate_and_die)
+    ends = []
+    while not ends or ends[-1] not in (0, 1, 2):
+        try:
+            ends.append(fast("killed", "--gflop", "9"))
+        except (Killed, SystemExit) as error:
+            ends.append(getattr(error, "code", "killed"))
+    assert sorted(map(str, ends)) == ["0", "130", "143"] + ["killed"] * (2 + len(set(stale))) and len(stale) == 4
+    assert capsys.readouterr().err.count("the same command goes on") == 2
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    assert len(outcome(tmp_path / "whole")[1]) == 8 and len(evaluated) == 8 + len(set(stale))
+
+
+def test_ctrl_c_ends_a_comparison_cleanly_and_it_goes_on(fast, tmp_path, monkeypatch, capsys):
+    log = common.Run.log
+    monkeypatch.setattr(common.Run, "log", lambda self, step, *rest: (
+        os.kill(os.getpid(), signal.SIGINT) if step == 2 else None, log(self, step, *rest)))
+    with pytest.raises(SystemExit) as stop:
+        fast("out", "--gflop", "9")
+    assert stop.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    assert [row["step"] for row in metrics(tmp_path / "out" / "mae-0")] == ["2"]
+    assert [folder.name for folder in (tmp_path / "out").iterdir()] == ["mae-0"]
+
+    def evaluate(argv):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(common.Run, "log", log)
+    monkeypatch.setattr(eval_linear, "evaluate", evaluate)
+    with pytest.raises(SystemExit) as stop:
+        fast("out", "--gflop", "9")
+    assert stop.value.code == 130 and not (tmp_path / "out" / "table.txt").exists()
+
+
+def test_a_loss_that_is_not_finite_costs_its_row_alone(fast, tmp_path, monkeypatch, capsys):
+    def fail(cfg):
+        raise FloatingPointError("loss not finite by step 3")
+    monkeypatch.setattr(MODULES["mclim"], "train", fail)
+    assert fast("out", "--gflop", "2", "--seeds", "0") == 1
+    table, _ = outcome(tmp_path / "out")
+    assert [row["row"] for row in table] == ["MAE", "CMAE", "contrast"] and table[1]["kNN % p"] == "nan"
+    assert "mclim-py-0: loss not finite by step 3" in capsys.readouterr().err
+
+
+def test_steps_are_what_the_budget_pays_for_or_the_epochs(fast, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "gflop_per_image", eval_speed.gflop_per_image)
+    rows = compare.read_rows("MAE = mvmae.py --lam 0 --targets one --mask 0.5\nmclim.py --contrast none")
+    args = types.SimpleNamespace(out=str(tmp_path), seeds=[3, 1], gflop=9.0, equal="compute")
+    jobs = compare.plan(rows, COMMON, args)
+    assert [(job.method, job.cfg.seed) for job in jobs] == [("mvmae", 3), ("mclim", 3), ("mvmae", 1), ("mclim", 1)]
+    for job in jobs:
+        step = 50 * eval_speed.gflop_per_image(job.cfg)
+        assert job.steps == job.cfg.steps == int(9 / step) > 3 and job.gflop == pytest.approx(job.steps * step)
+        assert 9 - step < job.gflop <= 9 and job.cfg.batch == 50 and job.cfg.out == str(job.folder)
+    jobs = compare.plan(rows, [*COMMON, "--epochs", "3"], types.SimpleNamespace(**{**vars(args), "equal": "epochs"}))
+    assert {(job.steps, job.cfg.steps, job.cfg.epochs) for job in jobs} == {(12, 0, 3)}
+
+
+@pytest.mark.parametrize("more, flag", [
+    ([], "--gflop"), (["--gflop", "0"], "--gflop"), (["--gflop", "nan"], "--gflop"), (["--gflop", "0.1"], "--gflop"),
+    (["--gflop", "9", "--equal", "epochs"], "--gflop"), (["--gflop", "9", "--seeds", "1", "1"], "--seeds"),
+    (["--gflop", "9", "--seeds", "-1"], "--seed"), (["--gflop", "9", "--seed", "1"], "--seed"),
+    (["--gflop", "9", "--epochs", "3"], "--epochs"), (["--gflop", "9", "--steps=3"], "--steps"),
+    (["--gflop", "9", "--resume", "x"], "--resume"), (["--gflop", "9", "--baseline", "MEA"], "--baseline"),
+    (["--gflop", "9", "--tua", "1"], "row MAE"), (["--gflop", "9", "--mask", "2"], "row MAE"),
+    (["--gflop", "9", "--rows", "nowhere"], "nowhere"), (["--gflop", "9", "--init", "nowhere"], "--init"),
+    (["--gflop", "9", "--batch", "201"], "--batch"), (["--gflop", "9", "--images", "241"], "--images"),
+    (["--gflop", "9", "--mask=0.5", "--lam", "x"], "--lam")],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_what_is_wrong_is_told_in_one_line_before_anything_is_trained(fast, tmp_path, monkeypatch, capsys, more, flag):
+    for module in MODULES.values():
+        monkeypatch.setattr(module, "train", lambda cfg: pytest.fail("trained"))
+    assert fast("out", *more) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("compare.py: ") and err.count("\n") == 1 and flag in err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("line", ["mea.py", "mclim", "A = ", "MAE = mclim.py", "mae = mclim.py", "... = mclim.py"])
+def test_rows_that_are_no_rows_are_told(fast, tmp_path, capsys, line):
+    (tmp_path / "own").write_text(f"MAE = mvmae.py\n{line}\n")
+    assert fast("out", "--rows", str(tmp_path / "own"), "--gflop", "9") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--rows" in err and line.strip() in err
+    (tmp_path / "own").write_text("# nothing\n")
+    assert fast("out", "--rows", str(tmp_path / "own"), "--gflop", "9") == 2
+
+
+def test_a_comparison_needs_labels_one_size_and_its_own_folder(fast, tmp_path, monkeypatch, capsys):
+    def told(*more, flags=COMMON):
+        assert fast("out", "--gflop", "9", *more, flags=flags) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        return err
+    assert "--depth 12 in MAE, 6 in mclim.py" in told(flags="--data shapes --img 16 --patch 4 --batch 50".split())
+    load = common.load_images
+    monkeypatch.setattr(common, "load_images", lambda data, split, *_: None if split == "test" else load(data, split))
+    assert "test/CLASS" in told()
+    monkeypatch.setattr(common, "load_images", lambda data, split, *rest: [
+        x * 0 - 1 if x.dtype == torch.int64 and split == "train" else x for x in load(data, split)])
+    assert "test/CLASS" in told()
+    monkeypatch.setattr(common, "load_images", load)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "torchrun" in told()
+    monkeypatch.delenv("WORLD_SIZE")
+
+    cfg = replace(SMALL["mvmae"], out=str(tmp_path / "out" / "mae-0"))
+    (tmp_path / "out" / "mae-0").mkdir(parents=True)
+    (tmp_path / "out" / "mae-0" / "thesis.tex").write_text("mine")
+    assert "mae-0" in told()
+    facts = {"method": "mvmae", "config": asdict(cfg), "processes": 1}
+    (tmp_path / "out" / "mae-0" / "config.json").write_text(json.dumps(facts))
+    assert "another --out" in told() and (tmp_path / "out" / "mae-0" / "thesis.tex").exists()
+
+
+def test_scores_are_those_of_a_run_that_is_trained_and_evaluated(tmp_path):
+    job = compare.Job("a", "mclim", SMALL["mclim"], tmp_path, 12, 1.0)
+    percent = {"knn_top1": 1.0, "linear_top1": 2.0, "attentive_top1": 3.0}
+
+    def scores(step, percent):
+        (tmp_path / "metrics.csv").write_text(f"step,knn,images_per_second\n{step},,4.0\n")
+        report = {"percent": {"trained encoder": percent}, "effective_rank": {"trained encoder": 4.0}}
+        (tmp_path / "eval_linear.json").write_text(json.dumps(report))
+        return compare.read_scores(job)
+    assert compare.read_scores(job) is None
+    assert scores(12, percent) == {**percent, "rank": 4.0}
+    assert scores(11, percent) is None and scores(12, {"knn_top1": 1.0, "linear_top1": 2.0}) is None
+
+
+def test_table_has_means_deviations_p_and_seconds(tmp_path, monkeypatch):
+    shown, jobs, results = [], [], {}
+    monkeypatch.setattr(compare.plt, "close", shown.append)
+    scores = {"a": [10.0, 12.0, 14.0], "b": [30.0, 31.0, 35.0], "only one": [11.0]}
+    for row, values in scores.items():
+        for seed, value in enumerate(values):
+            jobs.append(compare.Job(row, "mclim", SMALL["mclim"], tmp_path / f"{row}-{seed}", 12, 345.678))
+            jobs[-1].folder.mkdir()
+            results[jobs[-1].folder] = {score: value + i for i, score in enumerate(compare.SCORES)}
+            (jobs[-1].folder / "metrics.csv").write_text("step,knn,images_per_second\n8,,4.0\n8,0.5,\n12,,2.0\n")
+    assert compare.trained(jobs[0]) == (12, 8 * 16 / 4 + 4 * 16 / 2)
+    text = compare.write_table(tmp_path, [*jobs, jobs[0]._replace(folder=tmp_path / "to come")], results, "a")
+    p = compare.compare_with(scores, "a")
+    with open(tmp_path / "table.csv", newline="") as file:
+        a, b, one = csv.DictReader(file)
+    assert [b[name] for name in ("seeds", "linear %", "GFLOP", "seconds")] == ["3", "33.0", "345.678", "64.0"]
+    assert float(b["effective rank deviation"]) == pytest.approx(7 ** 0.5, abs=1e-4) and one["kNN % deviation"] == "nan"
+    assert float(b["kNN % p"]) == p["b"] < 0.01 < float(one["kNN % p"]) == p["only one"] and a["kNN % p"] == "nan"
+    first, second, third = text.splitlines()[1:4]
+    assert f"32.00 ± 2.65 p {p['b']:.2g}*" in second and "346" in second and second.count("*") == 4
+    assert "12.00 ± 2.00  " in first and "11.00 p " in third
+    assert "*" not in first + third and (tmp_path / "table.txt").read_text() == text
+    axes = shown[0].axes
+    assert len(axes) == 4 and [label.get_text() for label in axes[0].get_yticklabels()] == list(scores)
+    dots = [line.get_xdata().tolist() for line in axes[1].lines if line.get_marker() == "o"]
+    assert dots == [[v + 1 for v in values] for values in scores.values()]
+    bars = [bar.get_segments()[0][:, 0].tolist() for bar in axes[0].collections]
+    assert bars[0] == [10, 14] and bars[1] == pytest.approx([32 - 7 ** 0.5, 32 + 7 ** 0.5])
+    assert Image.open(tmp_path / "table.png").size[0] > 800
+
+
+@slow
+def test_a_comparison_under_real_kills_ends_in_the_same_table(tmp_path):
+    for split, n in (("train", 200), ("test", 100)):
+        for i, (image, label) in enumerate(zip(*common.load_images("shapes", split, 18)[:2])):
+            if i < n:
+                file = tmp_path / "set" / split / str(int(label)) / f"{i}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
+    (tmp_path / "rows").write_text("mvmae.py --targets one --lam 0\nmclim.py\n")
+    command = ["compare.py", "--rows", tmp_path / "rows", "--seeds", 0, 1, *COMMON, "--data", tmp_path / "set",
+               "--root", tmp_path / "root", "--gflop", 9]
+    whole, draw, ends = run(*command, "--out", tmp_path / "whole"), random.Random(0), []
+    assert whole.returncode == 0, whole.stderr
+    for sign in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        with open(tmp_path / "said", "w") as said:
+            process = subprocess.Popen([sys.executable, *map(str, command), "--out", tmp_path / "killed"], cwd=HERE,
+                                       stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        while process.poll() is None and "\nrun " not in (tmp_path / "said").read_text():
+            time.sleep(0.05)
+        try:
+            process.wait(draw.uniform(0, 3))
+        except subprocess.TimeoutExpired:
+            process.send_signal(sign)
+        ends.append(process.wait())
+        assert "Traceback" not in (tmp_path / "said").read_text()
+    last = run(*command, "--out", tmp_path / "killed")
+    assert last.returncode == 0 and ends[0] == -signal.SIGKILL and ends[1] == 130, (ends, last.stderr)
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")

@@ -104,6 +104,9 @@ class PilViews(Dataset):
 def main(argv=None):
     """The command line; returns the exit status."""
     method, *flags = (sys.argv[1:] if argv is None else argv) or [""]
+    if method in ("-h", "--help"):
+        print(__doc__)
+        return 0
     try:
         if method not in ("mclim", "mvmae", "cmae", "macrl", "camae"):
             raise UserError(f"{method!r}: the first word must be a method, as in eval_speed.py mclim --tiny")

@@ -322,6 +322,10 @@ def test_a_bad_folder_of_annotations_gets_one_line(checkpoints, ade, change, wor
 
 # Speed
 
+def test_speed_answers_help(capsys):
+    assert eval_speed.main(["--help"]) == 0 and "eval_speed.py mclim --tiny" in capsys.readouterr().out
+
+
 @every_method
 def test_speed_is_told(method, monkeypatch, capsys):
     monkeypatch.setattr(eval_speed, "rate", lambda step, device: (

@@ -1,6 +1,6 @@
 """The house's tests, the same for every method: blocks, augmentation, data, command line, runs on disk, processes.
 
-`python -m pytest -q` runs these and all others, of images, weights, evaluation and each paper, on the CPU and without a
+The README's command runs these and all others, of images, weights, evaluation and each paper, on the CPU and without a
 network, in minutes on two cores. SLOW=1 in the environment adds what takes long.
 """
 import csv, importlib, inspect, json, math, os, pathlib, re, shlex, signal, subprocess, sys, time

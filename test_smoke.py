@@ -549,7 +549,8 @@ def test_two_processes_equal_one_of_twice_the_batch_and_train(tmp_path, monkeypa
     assert [row["step"] for row in metrics(tmp_path / "run") if row["loss"]] == ["7", "10"]
     assert camae.main(["--resume", str(tmp_path / "run")]) == 2
     line = capsys.readouterr().err
-    assert f"2 processes: {sys.executable} -m torch.distributed.run --nproc-per-node 2 camae.py --resume" in line
+    assert "with 2 processes: " in line
+    assert "-m torch.distributed.run --nproc-per-node 2 camae.py --resume" in line
     assert torch.load(tmp_path / "plb.pt", weights_only=True).tolist() == [0, 1.5]         # CAMAE's, the mean of both
     for method in METHODS:
         two = torch.load(tmp_path / f"{method}.pt", weights_only=True)

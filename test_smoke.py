@@ -39,7 +39,7 @@ def run(*args, cwd=HERE, **options):
     nowhere = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
     env = {**os.environ, "OMP_NUM_THREADS": "1", **nowhere, "PYTHONPATH": str(HERE)}
     return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, text=True, capture_output=True,
-                          timeout=600, **options)
+                          timeout=1800, **options)
 
 
 # Blocks that the files share

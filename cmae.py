@@ -25,7 +25,7 @@ its loss does, and teaches E to keep places); what of h is projected, and how (-
 
     python cmae.py                                           Table 1's CMAE, as far as it is told, for a GPU
     python cmae.py --tiny --data shapes                      a first look on a laptop; then eval_linear.py, show.py
-Measured: FIRSTEPOCH
+Measured: --tiny, CIFAR-10 (JPEG), steps 81 to 100: loss 4.102, reconstruction 0.865, contrast 2.278, location 0.959.
 Every other choice, symbol and misprint, and the paper's tables: papers/cmae.md.
 """
 import copy, math, sys

@@ -24,7 +24,7 @@ or averages over a patch's P pixel values (--lam 768 has the sum), and what accu
     python mclim.py --epochs 100 --batch 16                  the paper's experiment, for a GPU
     python mclim.py --tiny --data shapes                     a first look on a laptop
     python eval_finetune.py runs/mclim-DATE-TIME             what became of it; then eval_linear.py, show.py
-Measured: FIRSTEPOCH
+Measured: --tiny, CIFAR-10 (JPEG), steps 381 to 390 (epoch 1): loss 5.123, reconstruction 0.792, contrast 4.331.
 Every other choice, symbol and misprint, and the paper's tables: papers/mclim.md.
 """
 import copy, math, sys

@@ -26,7 +26,7 @@ What may change the result, because the paper does not say it, and its flag:
     python mvmae.py --tiny --data shapes                     a first look on a laptop
     python eval_finetune.py runs/mvmae-DATE-TIME             what became of it; then eval_linear.py, show.py
 
-Measured: FIRSTEPOCH
+Measured: --tiny, CIFAR-10 (JPEG), steps 381 to 390 (epoch 1): loss 3.172, reconstruction 0.595, contrast 1.289.
 MAE by flags, every other choice, symbol and misprint, and the paper's tables: papers/mvmae.md.
 """
 import math, sys

@@ -593,11 +593,10 @@ def trained(tmp_path_factory):
 def test_training_on_shapes_beats_the_untrained_encoder(trained, method):
     out, job = trained[method]
     assert job.result().returncode == 0, job.result().stderr
-    train, test = (common.load_images("shapes", split, 32) for split in ("train", "test"))
     score = {}
     for learned in (False, True):
         model, cfg = eval_linear.load_model(out, learned)
-        score[learned] = common.online_knn(model.encoder, train, test, cfg, common.start_processes("cpu"))
+        score[learned] = common.online_knn(model.encoder, *common.load_data(cfg), cfg, common.start_processes("cpu"))
     assert score[True] > score[False] + 0.05, score
     if method == "mclim":
         assert eval_linear.main([str(out), "--baselines", "--no-attentive"]) == 0

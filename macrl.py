@@ -3,10 +3,11 @@ arXiv 2211.06012, 2022. Written from its abstract; projector, bank and clean tar
 What neither says, all numbers too, is a choice made here.
 
 Two views of an image go through a siamese network, an encoder and a decoder in both branches. Branch s gets the higher
-mask ratio and the stronger augmentation, branch w less of either. The encoder's features of the two branches are
-contrasted, and both decoders reconstruct, with an L1 loss.
+mask ratio and the stronger augmentation, branch w the lower and the weaker one. The encoder's features of the two
+branches are contrasted, and both decoders reconstruct, with an L1 loss.
 
-One step on B images, N patches, V visible (fewer in s), D a token's width, P values a patch; means of visible patches:
+One training step on B images of N patches, V of them visible, D the width of a token, P the values of a patch; a mean
+is over the tokens of the visible patches, of which branch s has fewer:
     c_s, c_w = crop(images), crop(images), larger ones for w   # what is to be reconstructed       (B, 3, 32, 32)
     x_s, x_w = colour(c_s), colour(c_w) with lower chances     # "stronger data augmentation"      (B, 3, 32, 32)
     z_s = f(x_s), of 25 % of its patches                       # "higher mask ratio"               (B, 1 + V, D)
@@ -25,7 +26,6 @@ are contrasted (--pool), how keys are made (--keys, --momentum), negatives (--ba
     python macrl.py                                         these defaults, on CIFAR-10, for a GPU
     python macrl.py --keys shared --bank 0                  nearer the abstract: one encoder, no bank
     python macrl.py --tiny --data shapes                    a first look on a laptop; then eval_linear.py, show.py
-
 Measured: --tiny, CIFAR-10 (JPEG), steps 141 to 160: loss 6.492, reconstruction 0.741, contrast 5.751.
 Every other choice, where projector and bank come from, and commands for each data set: papers/macrl.md.
 """

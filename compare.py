@@ -11,10 +11,10 @@ The budget is compute, so that the table is the same on a fast and on a slow mac
 on the forward and backward passes of its training, as eval_speed.gflop_per_image counts them. Each row takes as many
 steps as that pays for, and its schedule follows. With --equal epochs every row trains for --epochs instead.
 
-Each run is an ordinary run folder in --out, trained, then evaluated by eval_linear.py. Stopped or killed, the same
-command goes on where it was and repeats nothing that is finished; more seeds or rows may be added. It leaves table.txt,
-.csv and .png: means and deviations over the seeds, and p against the --baseline row, by Student's t, two-sided, with
-the variance pooled over all rows. A star marks p < 0.01; among many rows and scores chance reaches it now and then.
+Each run is an ordinary run folder in --out, trained, then evaluated by eval_linear.py with --images labels, if that is
+given. Stopped or killed, the same command goes on where it was and repeats nothing that is finished; more seeds or rows
+may be added. It leaves table.txt, .csv and .png: means and deviations over the seeds, and p against the --baseline row,
+by Student's t, two-sided, the variance pooled over all rows; a star marks p < 0.01, which chance reaches now and then.
 """
 import csv, dataclasses, datetime, gc, importlib, json, math, os, pathlib, re, shutil, statistics, sys, time, typing
 
@@ -136,8 +136,8 @@ def run_job(job):
         shutil.rmtree(job.folder)  # the first moments of this run: it has no checkpoint yet
     importlib.import_module(job.method).train(cfg)
     gc.collect()  # this model leaves the device before the next comes
-    asked = ["--root", cfg.root, "--device", cfg.device, "--amp" if cfg.amp else "--no-amp"]
-    if status := eval_linear.main([str(job.folder), *asked]):
+    asked = ["--images", str(cfg.images), "--root", cfg.root, "--device", cfg.device]
+    if status := eval_linear.main([str(job.folder), *asked, "--amp" if cfg.amp else "--no-amp"]):
         raise SystemExit(status)
     return read_scores(job)
 

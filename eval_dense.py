@@ -162,7 +162,7 @@ def evaluate(args):
 
     def tokens(encoder):
         parts = [(x, None, torch.ones(len(x))) for x in (images, asked)]
-        return tokens_of(encoder.to(here.device).eval(), parts, img, here, args.amp)
+        return tokens_of(encoder.to(here.device).eval(), parts, img, here, args.amp)[0]
 
     def patches():
         grid = math.isqrt(model.encoder.tokens(torch.zeros(1, 3, img, img, device=here.device)).shape[1])

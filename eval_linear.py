@@ -19,7 +19,7 @@ labels it is all there is to compute. Near 1, a contrast has collapsed.
 Writes eval_linear.json and confusion.png (with --data, eval_linear-DATA.json and confusion-DATA.png) beside the
 checkpoint.
 """
-import argparse, importlib, itertools, json, pathlib, statistics, sys, time
+import argparse, functools, importlib, itertools, json, pathlib, statistics, sys, time
 from dataclasses import replace
 
 import torch
@@ -99,18 +99,26 @@ class Tokens:
 
 
 def tokens_of(encoder, parts, img, here, amp=True):
-    """Tokens of the training images and of the test images, `parts` of load_data, cropped to img×img."""
+    """Two Tokens, of the training and of the test images, `parts` of load_data, cropped to img×img, and two tensors,
+    encoder.features of both (N, D) and (Q, D), which the same pass gives; None where the Tokens are not held."""
+    encoder.forward = functools.lru_cache(1)(encoder.forward)  # one pass gives the tokens and the features of an x
+
     @torch.no_grad()
-    def encode(images, aspect, ids):
+    def encode(images, aspect, features, ids):
         tokens = []
         for part in ids.split(250):
             x = normalize(central_crop(images[part].to(here.device), img, aspect[part]))
             with autocast(here.device, amp):
                 tokens.append(encoder.tokens(x))
+                features[part.to(here.device)] = encoder.features(x).float()
         return torch.cat(tokens)
     (known, _, aspect), (asked, _, asked_aspect) = parts
-    own = Tokens(lambda ids: encode(known, aspect, ids), len(known))
-    return own, Tokens(lambda ids: encode(asked, asked_aspect, ids), len(asked), like=own)
+    with torch.no_grad():
+        width = encoder.features(torch.zeros(1, 3, img, img, device=here.device)).shape[1]
+    features = [torch.empty(len(images), width, device=here.device) for images in (known, asked)]
+    own = Tokens(lambda ids: encode(known, aspect, features[0], ids), len(known))
+    other = Tokens(lambda ids: encode(asked, asked_aspect, features[1], ids), len(asked), like=own)
+    return (own, other), [None if part.held is None else rows for part, rows in zip((own, other), features)]
 
 
 def train_probe(probe, inputs, labels, recipe, loss=F.cross_entropy, progress=""):
@@ -207,10 +215,11 @@ def measure(bank, labels, asked, truth, tokens, classes, seeds, name):
 def evaluate(args):
     """Does what the command line asks and returns what is written to eval_linear.json. Raises UserError."""
     check(args.seeds >= 1, "--seeds", args.seeds, "must be at least 1")
+    check(args.images >= 0, "--images", args.images, "must be at least 0")
     began, here = time.time(), start_processes(args.device)
     model, cfg = load_model(args.run)
     data, root = args.data or cfg.data, args.root or cfg.root
-    parts = load_data(replace(cfg, data=data, root=root, images=0))
+    parts = load_data(replace(cfg, data=data, root=root, images=args.images))
     known = [labelled_only(part) for part in parts]
     probed = all(known) and len(known[0][1].unique()) > 1
     if probed:
@@ -242,10 +251,11 @@ def evaluate(args):
             features, tokens = [pixels(images, aspect) for images, _, aspect in parts], None
         else:
             encoder.to(here.device).eval()
-            features = [extract_features(encoder, images, cfg.img, here, args.amp, aspect)
-                        for images, _, aspect in parts]
+            tokens, features = (tokens_of(encoder, parts, cfg.img, here, args.amp) if probed and args.attentive else
+                                (None, [None] * len(parts)))
+            features = [extract_features(encoder, images, cfg.img, here, args.amp, aspect) if rows is None else rows
+                        for rows, (images, _, aspect) in zip(features, parts)]
             ranks[name] = round(effective_rank(features[0]), 2)
-            tokens = tokens_of(encoder, parts, cfg.img, here, args.amp) if probed and args.attentive else None
         found = {}
         if probed:
             seeds = range(cfg.seed, cfg.seed + args.seeds)
@@ -258,8 +268,8 @@ def evaluate(args):
         print(f"{chr(13) + chr(27) + '[K' if sys.stdout.isatty() else ''}{name:18}"
               f"{told * probed}{ranks.get(name, '-'):>8}", flush=True)
 
-    report = {"checkpoint": str(args.run), "data": data, "recipes": RECIPES, "percent": rows, "of each seed": each,
-              "effective_rank": ranks, "seconds": round(time.time() - began, 1)}
+    report = {"checkpoint": str(args.run), "data": data, "images": len(parts[0][0]), "recipes": RECIPES,
+              "percent": rows, "of each seed": each, "effective_rank": ranks, "seconds": round(time.time() - began, 1)}
     file, picture = (beside(args.run, name, args.data) for name in ("eval_linear.json", "confusion.png"))
     file.write_text(json.dumps(report, indent=1) + "\n")
     if probed:
@@ -281,6 +291,7 @@ def main(argv=None):
     parser.add_argument("--data", default="", help="another data set than the run's: a name or a folder")
     parser.add_argument("--root", default="", help="where data sets are kept, if not where the run had them")
     parser.add_argument("--baselines", action="store_true", help="also the untrained encoder and raw pixels")
+    parser.add_argument("--images", type=int, default=0, help="read so many training images, a fixed choice; 0 for all")
     parser.add_argument("--seeds", type=int, default=1, help="probes from so many seeds (default: 1)")
     parser.add_argument("--attentive", action=argparse.BooleanOptionalAction, default=True,
                         help="the attentive probe, which takes the longest")

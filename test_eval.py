@@ -113,7 +113,12 @@ def test_tokens_are_standardised_held_or_computed_anew(monkeypatch):
 def test_tokens_are_those_of_the_encoder():
     model, x = build(SMALL["mvmae"]), (255 * torch.rand(6, 3, 24, 24)).byte()
     parts = [(images, None, torch.ones(len(images))) for images in (x[:4], x[4:])]
-    tokens = eval_linear.tokens_of(model.encoder, parts, 16, common.start_processes("cpu"), amp=False)
+    expected_features = common.extract_features(model.encoder, x, 16, common.start_processes("cpu"), False)
+    runs = []
+    model.encoder.norm.register_forward_hook(lambda *_: runs.append(1))
+    tokens, features = eval_linear.tokens_of(model.encoder, parts, 16, common.start_processes("cpu"), amp=False)
+    assert torch.allclose(torch.cat(features), expected_features, atol=1e-5)
+    assert len(runs) == 5  # the width; of each part the mean and deviation, then all: never tokens and features apart
     with torch.no_grad():
         plain = model.encoder.tokens(common.normalize(common.central_crop(x, 16)))  # (6, 16, 48)
     expected = (plain - plain[:4].mean((0, 1))) / plain[:4].std((0, 1))
@@ -155,6 +160,12 @@ def test_evaluation_writes_what_it_found(checkpoints, little, tmp_path, method, 
     assert (checkpoints[method] / "confusion.png").exists()
 
 
+def test_evaluation_reads_only_as_many_images_as_asked(checkpoints, little, monkeypatch):
+    asked = []
+    monkeypatch.setattr(eval_linear, "load_data", lambda cfg: asked.append(cfg.images) or (little[0], None))
+    assert eval_linear.main([str(checkpoints["mvmae"]), "--images", "40"]) == 0 and asked == [40]
+
+
 @pytest.mark.parametrize("kind", ["no labels", "no test images", "unlabelled test images", "one class"])
 def test_without_labels_the_rank_remains_and_says_what_else_it_needs(checkpoints, little, kind, capsys, monkeypatch):
     (x, y, a), (queries, truth, b) = little
@@ -172,6 +183,7 @@ def test_without_labels_the_rank_remains_and_says_what_else_it_needs(checkpoints
 
 @pytest.mark.parametrize("program, command, words", [
     (eval_linear, "{run} --seeds 0", ["--seeds", "0", "at least 1"]),
+    (eval_linear, "{run} --images -1", ["--images", "-1", "at least 0"]),
     (eval_linear, "{tmp}/nowhere", ["nowhere", "does not exist"]),
     (eval_dense, "{run} --ignore 256", ["--ignore", "256", "0 to 255"]),
     (eval_dense, "{run} --data {tmp}", ["--data", "images/training"]),

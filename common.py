@@ -14,8 +14,8 @@ from images import (Batches, UserError, adjust_brightness, adjust_contrast, adju
                     normalize, random_grayscale, random_hflip, random_resized_crop, resize)
 from pictures import draw_curves, draw_images, reconstruction_rows
 from weights import (autocast, check_features, effective_rank, extract_features, fixed_choice, init_encoders,
-                     knn_accuracy, knn_votes, load_checkpoint, newest, online_knn, recompute, save_checkpoint,
-                     save_file, timm_call)
+                     keep_memory, knn_accuracy, knn_votes, load_checkpoint, newest, online_knn, recompute,
+                     save_checkpoint, save_file, timm_call)
 
 RESUMABLE = {  # these may change when a run is resumed
     "resume", "run", "tiny", "root", "device", "compile", "workers", "knn_every", "log_every", "test_every"}
@@ -167,6 +167,7 @@ def start_processes(device="auto"):
     rank, world, local = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cuda = torch.cuda.is_available() and device != "cpu"
     check(cuda or device != "cuda", "--device", device, "no CUDA GPU is at hand; cpu and auto will run")
+    keep_memory()
     if cuda:
         torch.cuda.set_device(local)
     if world > 1 and not dist.is_initialized():

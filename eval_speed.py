@@ -3,19 +3,25 @@
     python eval_speed.py mclim                          the paper's configuration; flags of mclim.py may follow
     python eval_speed.py mclim --tiny --batch 128
 
-Prints, each the median of the runs of five seconds after a warm-up:
+Prints, each rate the median of the runs of five seconds after a warm-up:
   views       from uint8 images of 32 pixels, at the configuration's size, beside MCLim's two views by PIL and
               torchvision's transforms in a DataLoader of two workers
   counted     the views' copies from host to device, and operations that start a kernel there, copies among them
-  step        forward, backward and AdamW on random views, in bfloat16 autocast and in float32, and its share of the
-              bfloat16 rate of an 8192³ matrix product on a GPU (2048³ on a CPU)
+  reading     batches of a set that streams from its memory-mapped file: what the disk gives, and what memory gives
+  step        forward, backward and AdamW on random views, as training computes them (with --compile, too) and in
+              float32, and its share of the rate of an 8192³ matrix product on a GPU (2048³ on a CPU)
   one view    where the encoder sees visible patches only: its forward and backward and the decoder's, against the same
               with all patches visible
+  room        what a step keeps of each image until backward in bfloat16, plain and with --recompute, and the largest
+              batch that fits a GPU of 12, 24 and 80 GB by it (counted; without bfloat16 in hardware it takes minutes)
 """
-import importlib, math, statistics, sys, time
+import importlib, math, os, pathlib, statistics, sys, tempfile, time
 from dataclasses import replace
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode  # documented, though its module's name begins with _
 from torch.utils.data import DataLoader, Dataset
@@ -23,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
-from common import UserError, autocast, command_line, param_groups, start_processes
+from common import Batches, UserError, autocast, command_line, param_groups, recompute, start_processes
 from eval_linear import model_class
 from images import MEAN, STD
 
@@ -84,6 +90,71 @@ def gflop_per_image(cfg):
     return counter.get_total_flops() / len(view1) / 1e9
 
 
+def saved_bytes(model, cfg, images, device):
+    """Bytes that the forward pass of a step on so many images keeps for its backward, in bfloat16 autocast; parameters
+    are not counted, their bfloat16 copies are."""
+    kept, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def note(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    def note_input(block, inputs):  # of it the recomputation begins, out of the hooks' sight
+        if torch.is_grad_enabled():
+            note(inputs[0])
+    blocks = [block for block in model.encoder.modules() if "mlp" in dict(block.named_children())]
+    handles = [block.register_forward_pre_hook(note_input) for block in blocks]
+    view1, view2 = torch.randn(2, images, 3, cfg.img, cfg.img, device=device)
+    with torch.autocast(device.type, torch.bfloat16), saved_tensors_hooks(note, lambda x: x):
+        losses = model(view1, view2)
+    for handle in handles:
+        handle.remove()
+    del losses  # it holds what was kept till here
+    return sum(size for place, size in kept.items() if place not in own)
+
+
+def room(module, model, cfg, device):
+    """Bytes that a step keeps of each image, plain and with --recompute, which stays on; counted as on a GPU."""
+    def of_an_image():
+        return saved_bytes(model, cfg, 3, device) - saved_bytes(model, cfg, 2, device)
+    attend, module.attend = module.attend, F.scaled_dot_product_attention  # on CPUs it would leave bfloat16
+    try:
+        plain = of_an_image()
+        recompute(model)
+        return plain, of_an_image()
+    finally:
+        module.attend = attend
+
+
+def largest_batch(model, cfg, saved, gigabytes):
+    """The images that `saved` bytes each allow in so much memory, beside two views in float32, the weights, gradients,
+    AdamW's moments and bfloat16 copies. A tenth is left for what comes and goes."""
+    fixed = sum(p.numel() * (4 + 4 + 8 + 2 if p.requires_grad else 4 + 2) for p in model.parameters())
+    return max(0, int((0.9e9 * gigabytes - fixed) / (saved + 2 * 3 * 4 * cfg.img ** 2)))
+
+
+def reading(cfg, here):
+    """Images a second that Batches gives from a memory-mapped file of 2,048 images: from the disk, and from memory."""
+    side, rates = cfg.store or round(cfg.img * 8 / 7), []
+    with tempfile.TemporaryDirectory(dir=".") as folder:  # /tmp may be memory
+        file = pathlib.Path(folder, "images.npy")
+        np.save(file, np.random.default_rng(0).integers(0, 256, (2048, 3, side, side), np.uint8))
+        for source in ("disk", "memory"):
+            if source == "disk":
+                with open(file, "rb") as opened:
+                    os.fsync(opened.fileno())
+                    os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            images = torch.from_numpy(np.load(file, mmap_mode="c"))
+            batches = Batches((images[:0], None, torch.ones(2048)), min(cfg.batch, 256), 0, here, torch.arange(2048))
+            batches.images, begin = images, time.perf_counter()  # they would be moved to a GPU where they fit
+            for step in range(len(batches)):
+                batches[step]
+            if here.device.type == "cuda":
+                torch.cuda.synchronize()
+            rates.append(len(batches) * batches.batch / (time.perf_counter() - begin))
+    return rates
+
+
 class PilViews(Dataset):
     """MCLim's two views as PIL and torchvision make them, image by image."""
     def __init__(self, images, cfg):
@@ -134,9 +205,14 @@ def main(argv=None):
     copies, kernels = count_copies(lambda: module.views(batch, cfg))
     print(f"counted     {copies} copies to the device and {kernels} kernels, of the views of a step", flush=True)
 
+    if hasattr(os, "posix_fadvise"):
+        disk, memory = reading(cfg, here)
+        print(f"reading     {cfg.store or round(cfg.img * 8 / 7):3} pixels   {disk:10,.0f} images/s from the disk   "
+              f"{memory:,.0f} from memory", flush=True)
+
     torch.manual_seed(0)
     model = model_class(module)(cfg).to(here.device)
-    net = torch.compile(model) if cfg.compile else model
+    net = torch.compile(model, options={"fallback_random": True}) if cfg.compile else model
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), fused=True)
     view1, view2 = (torch.randn(cfg.batch, 3, cfg.img, cfg.img, device=here.device) for _ in range(2))
 
@@ -150,14 +226,18 @@ def main(argv=None):
     with FlopCounterMode(display=False) as counter:
         with autocast(here.device):
             model(view1, view2)["loss"].backward()
-    n = 8192 if here.device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=here.device, dtype=torch.bfloat16) for _ in range(2))
+    n, kind = 8192 if here.device.type == "cuda" else 2048, torch.float32
+    with autocast(here.device):
+        kind = torch.bfloat16 if torch.is_autocast_enabled(here.device.type) else torch.float32
+    a, b = (torch.randn(n, n, device=here.device, dtype=kind) for _ in range(2))
     peak = 2 * n ** 3 * rate(lambda: a @ b, here.device)
-    for amp in (True, False):
+    for amp in (True, False)[:1 + (kind == torch.bfloat16)]:
         speed = rate(lambda: step(amp), here.device)
         share = f"   {speed * counter.get_total_flops() / 1e12:.3g} of {peak / 1e12:.3g} TFLOP/s" if amp else ""
-        kind = "bfloat16" if amp else "float32"
-        print(f"step        {kind:8}   {cfg.batch * speed:10,.1f} images/s{share}", flush=True)
+        name = str(kind if amp else torch.float32)[6:]
+        print(f"step        {name:8}   {cfg.batch * speed:10,.1f} images/s{share}", flush=True)
+    if kind == torch.float32:
+        print("            this device has no bfloat16 products in hardware (AVX-512 BF16 or AMX on a CPU)")
 
     if hasattr(module, "visible_first"):
         every = torch.arange((cfg.img // cfg.patch) ** 2, device=here.device).expand(cfg.batch, -1)
@@ -173,6 +253,10 @@ def main(argv=None):
         masked, whole = (1 / rate(lambda: one_view(visible), here.device)
                          for visible in (module.visible_first(mask)[:, :V], every))
         print(f"one view    mask {cfg.mask}   {masked:10.3f} s   unmasked {whole:.3f} s   ratio {masked / whole:.2f}")
+
+    for name, saved in zip(("plain", "with --recompute"), room(module, model, cfg, here.device)):
+        fits = ", ".join(f"{largest_batch(model, cfg, saved, size):,} in {size} GB" for size in (12, 24, 80))
+        print(f"room        {saved / 1e6:.1f} MB an image, {name}: at most {fits}", flush=True)
     return 0
 
 

@@ -344,8 +344,42 @@ def test_speed_is_told(method, monkeypatch, capsys):
         step.__code__.co_freevars == ("a", "b") or step(), 2.0)[1])  # the peak's product takes a minute without AMX
     assert eval_speed.main([method, "--tiny", *"--img 16 --dim 48 --depth 2 --batch 4 --device cpu".split()]) == 0
     told = capsys.readouterr().out
-    assert told.count("\nviews") == 2 and "bfloat16" in told and "8.0 images/s" in told
+    assert told.count("\nviews") == 2 and "bfloat16" in told and "8.0 images/s" in told and "\nreading" in told
+    assert told.count("\nroom ") == 2 and "MB an image, with --recompute: at most" in told
     assert ("one view" in told) == (method != "mclim")
+
+
+def test_the_largest_batch_fills_nine_tenths_of_the_memory():
+    cfg, saved = SMALL["cmae"], 10 ** 6
+    model, views = build(cfg), 2 * 3 * cfg.img ** 2 * 4
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    fixed = 6 * sum(p.numel() for p in model.parameters()) + 12 * trained  # copies; gradients and two moments
+    n = eval_speed.largest_batch(model, cfg, saved, 2)
+    assert fixed + n * (saved + views) <= 1.8e9 < fixed + (n + 1) * (saved + views)
+    assert eval_speed.largest_batch(model, cfg, saved, 1e-6) == 0
+
+
+@every_method
+def test_the_bytes_that_a_step_keeps_are_those_that_the_allocator_counts(method, monkeypatch):
+    cfg, cpu = replace(SMALL[method], depth=3), torch.device("cpu")
+    model = build(cfg)
+
+    def allocated(n):
+        torch.manual_seed(0)
+        x = torch.randn(2, n, 3, cfg.img, cfg.img)
+        with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile(profile_memory=True) as profiler:
+            losses = model(*x)
+        del losses
+        return sum(event.self_cpu_memory_usage for event in profiler.events())
+
+    monkeypatch.setattr(MODULES[method], "attend", F.scaled_dot_product_attention)
+    for again in (False, True):
+        if again:
+            common.recompute(model)
+        counted, theirs = (of(18) - of(2) for of in (lambda n: eval_speed.saved_bytes(model, cfg, n, cpu), allocated))
+        assert counted == pytest.approx(theirs, rel=1e-3), again
+    plain, less = eval_speed.room(MODULES[method], build(cfg), cfg, cpu)
+    assert less < 0.9 * plain and MODULES[method].attend is F.scaled_dot_product_attention
 
 
 def test_confusion_matrix_is_of_the_true_class(tmp_path, monkeypatch):

@@ -607,6 +607,18 @@ def test_training_on_shapes_beats_the_untrained_encoder(trained, method):
         assert Image.open(out / "confusion.png").size == (800, 700)
 
 
+@slow
+@every_method
+def test_compiled_training_repeats_the_plain_one(few, tmp_path, method):
+    torch.compiler.reset()
+    losses = {}
+    for compile in (False, True):
+        cfg = replace(SMALL[method], data="shapes", epochs=2, log_every=1, device="cpu", compile=compile)
+        MODULES[method].train(replace(cfg, out=str(tmp_path / str(compile))))
+        losses[compile] = [float(row["loss"]) for row in metrics(tmp_path / str(compile)) if row["loss"]]
+    assert len(losses[True]) > 2 and losses[True] == pytest.approx(losses[False], rel=1e-3)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 @pytest.mark.parametrize("compile", [False, True])
 @every_method

@@ -221,6 +221,27 @@ def test_recomputed_blocks_give_the_same_loss_and_gradients_to_the_bit(method):
     assert calls.count(True) > calls.count(False) > 0  # computed again
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="speaks to the GNU C library")
+def test_freed_memory_is_kept():
+    ask = """
+import ctypes, torch, weights
+class Facts(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+library = ctypes.CDLL(None)
+library.mallinfo2.restype = Facts
+def mapped():  # whether a block of 64 MiB is got from the kernel on its own
+    before = library.mallinfo2().hblks
+    block = torch.empty(2 ** 26, dtype=torch.uint8)
+    return library.mallinfo2().hblks > before
+print(mapped())
+weights.keep_memory()
+torch.empty(2 ** 26, dtype=torch.uint8)
+print(mapped(), library.mallinfo2().fordblks >= 2 ** 26)
+"""
+    told = subprocess.run([sys.executable, "-c", ask], cwd=HERE, capture_output=True, text=True)
+    assert told.stdout.split() == ["True", "False", "True"], told
+
+
 # What they are worth
 
 def test_knn_is_the_vote():

@@ -2,7 +2,7 @@
 
 A method file takes all from common.py.
 """
-import dataclasses, functools, os, pathlib, zipfile
+import contextlib, ctypes, dataclasses, functools, os, pathlib, sys, zipfile
 
 import torch
 import torch.distributed as dist
@@ -119,6 +119,16 @@ def autocast(device, amp=True):
     cpu = torch.cpu.get_capabilities()
     able = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu.get("amx_bf16") or cpu.get("avx512_bf16")
     return torch.autocast(device.type, torch.bfloat16, enabled=bool(amp and able))
+
+
+def keep_memory():
+    """Asks the GNU C library, where it is, to keep memory that a step has freed for the next one. It would hand large
+    blocks back, and the kernel fills with zeros what it hands out again, which takes longer than many an operation."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another C library has no mallopt
+            library = ctypes.CDLL(None)
+            library.mallopt(-4, 0)  # M_MMAP_MAX: no block is got from the kernel on its own
+            library.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: free memory stays
 
 
 def recompute(model):

@@ -11,10 +11,10 @@ The budget is compute, so that the table is the same on a fast and on a slow mac
 on the forward and backward passes of its training, as eval_speed.gflop_per_image counts them. Each row takes as many
 steps as that pays for, and its schedule follows. With --equal epochs every row trains for --epochs instead.
 
-Each run is an ordinary run folder in --out, trained, then evaluated by eval_linear.py with --images labels, if that is
-given. Stopped or killed, the same command goes on where it was and repeats nothing that is finished; more seeds or rows
-may be added. It leaves table.txt, .csv and .png: means and deviations over the seeds, and p against the --baseline row,
-by Student's t, two-sided, the variance pooled over all rows; a star marks p < 0.01, which chance reaches now and then.
+Each run is an ordinary run folder in --out, trained, then evaluated by eval_linear.py, on the same --images. Stopped or
+killed, the same command goes on where it was and repeats nothing that is finished; more seeds or rows may be added. It
+leaves table.txt, .csv, .png: means, deviations over seeds, and p against the --baseline row, by Student's t with the
+variance pooled over all rows. A star marks p < 0.01; among many rows and scores chance reaches it now and then.
 """
 import csv, dataclasses, datetime, gc, importlib, json, math, os, pathlib, re, shutil, statistics, sys, time, typing
 
@@ -37,7 +37,6 @@ contrast alone = camae.py --no-mim --freeze-patch
 """
 SCORES = {"knn_top1": "kNN %", "linear_top1": "linear %", "attentive_top1": "attentive %", "rank": "effective rank"}
 SAME = "data images store img patch dim depth heads batch"  # these have one value in all rows, unless a row names them
-
 Job = typing.NamedTuple("Job", [("row", str), ("method", str), ("cfg", typing.Any), ("folder", pathlib.Path),
                                 ("steps", int), ("gflop", float)])  # a run, and what its training takes in all
 
@@ -121,7 +120,8 @@ def read_scores(job):
     try:
         report = json.loads((job.folder / "eval_linear.json").read_text())
         found = {**report["percent"]["trained encoder"], "rank": report["effective_rank"]["trained encoder"]}
-        return {score: found[score] for score in SCORES} if trained(job)[0] >= job.steps else None
+        fits = report["images"] == job.cfg.images and trained(job)[0] >= job.steps
+        return {score: found[score] for score in SCORES} if fits else None
     except (FileNotFoundError, ValueError, KeyError):  # not there, half written, or without the attentive probe
         return None
 

@@ -5,7 +5,8 @@
     python eval_linear.py RUN --data stl10                     on another set than it was trained on
     python eval_linear.py RUN --seeds 3                        probes from three seeds: mean ± standard deviation
 
-All labelled images are seen without augmentation, by the usual central crop.
+All labelled images, of --images training images if that is given, are seen without augmentation, by the usual central
+crop.
 kNN: the 20 nearest training images by cosine vote with weight exp(cosine / 0.07).
 Linear probe: `features` standardised by the training images' mean and deviation, then one linear layer.
 Attentive probe: `tokens` of the last block, standardised; a learned query q weighs an image's N tokens x_n by
@@ -101,16 +102,16 @@ class Tokens:
 def tokens_of(encoder, parts, img, here, amp=True):
     """Two Tokens, of the training and of the test images, `parts` of load_data, cropped to img×img, and two tensors,
     encoder.features of both (N, D) and (Q, D), which the same pass gives; None where the Tokens are not held."""
-    encoder.forward = functools.lru_cache(1)(encoder.forward)  # one pass gives the tokens and the features of an x
-
     @torch.no_grad()
     def encode(images, aspect, features, ids):
         tokens = []
         for part in ids.split(250):
             x = normalize(central_crop(images[part].to(here.device), img, aspect[part]))
+            encoder.forward = functools.lru_cache(1)(encoder.forward)  # one pass gives both of x
             with autocast(here.device, amp):
                 tokens.append(encoder.tokens(x))
                 features[part.to(here.device)] = encoder.features(x).float()
+            del encoder.forward  # the class's is back
         return torch.cat(tokens)
     (known, _, aspect), (asked, _, asked_aspect) = parts
     with torch.no_grad():
@@ -247,6 +248,7 @@ def evaluate(args):
     heads = "".join(f"{kind + ' top-1':>17}{'top-5':>14}" for kind in ("kNN", "linear", "attentive"))
     print(f"{'':18}{heads * probed}{'rank':>8}")
     for name, encoder in encoders.items():
+        tokens = None  # those of the encoder before leave the memory
         if encoder is None:
             features, tokens = [pixels(images, aspect) for images, _, aspect in parts], None
         else:
@@ -268,7 +270,7 @@ def evaluate(args):
         print(f"{chr(13) + chr(27) + '[K' if sys.stdout.isatty() else ''}{name:18}"
               f"{told * probed}{ranks.get(name, '-'):>8}", flush=True)
 
-    report = {"checkpoint": str(args.run), "data": data, "images": len(parts[0][0]), "recipes": RECIPES,
+    report = {"checkpoint": str(args.run), "data": data, "images": args.images, "recipes": RECIPES,
               "percent": rows, "of each seed": each, "effective_rank": ranks, "seconds": round(time.time() - began, 1)}
     file, picture = (beside(args.run, name, args.data) for name in ("eval_linear.json", "confusion.png"))
     file.write_text(json.dumps(report, indent=1) + "\n")
@@ -291,7 +293,7 @@ def main(argv=None):
     parser.add_argument("--data", default="", help="another data set than the run's: a name or a folder")
     parser.add_argument("--root", default="", help="where data sets are kept, if not where the run had them")
     parser.add_argument("--baselines", action="store_true", help="also the untrained encoder and raw pixels")
-    parser.add_argument("--images", type=int, default=0, help="read so many training images, a fixed choice; 0 for all")
+    parser.add_argument("--images", type=int, default=0, help="take so many training images, a fixed choice; 0 for all")
     parser.add_argument("--seeds", type=int, default=1, help="probes from so many seeds (default: 1)")
     parser.add_argument("--attentive", action=argparse.BooleanOptionalAction, default=True,
                         help="the attentive probe, which takes the longest")

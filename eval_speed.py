@@ -1,21 +1,23 @@
-"""How fast: images per second of a method's views, of its training step, and of both against what one would have else.
+"""How fast a method is, and how much memory it takes: its views, reading, its training step.
 
     python eval_speed.py mclim                          the paper's configuration; flags of mclim.py may follow
     python eval_speed.py mclim --tiny --batch 128
 
-Prints, each rate the median of the runs of five seconds after a warm-up:
-  views       from uint8 images of 32 pixels, at the configuration's size, beside MCLim's two views by PIL and
-              torchvision's transforms in a DataLoader of two workers
-  counted     the views' copies from host to device, and operations that start a kernel there, copies among them
-  reading     batches of a set that streams from its memory-mapped file: what the disk gives, and what memory gives
-  step        forward, backward and AdamW on random views, as training computes them (with --compile, too) and in
-              float32, and its share of the rate of an 8192³ matrix product on a GPU (2048³ on a CPU)
+Prints, each rate as the median of at least three runs and five seconds after a warm-up:
+  views       source images of 32 pixels, 64 at a time, whose two views are made at 32 pixels and at the configuration's
+              size; for MCLim also by PIL and torchvision's transforms in a DataLoader of two workers
+  counted     of the views of a step, copies from host to device, and operations that start a kernel there
+  reading     one pass over a set that streams from its memory-mapped file, from the disk and then from memory (where
+              the system can be asked to forget what it has read)
+  room        what a step keeps of each image until its backward in bfloat16, plain and with --recompute, and the
+              largest batch that a GPU of 12, 24 and 80 GB (10⁹ bytes) holds by it; without bfloat16 it takes minutes
+  step        forward, backward and AdamW on random views, as training computes them and in float32, with --compile
+              plain and compiled, and its share of the rate of an 8192³ matrix product on a GPU (2048³ on a CPU)
   one view    where the encoder sees visible patches only: its forward and backward and the decoder's, against the same
               with all patches visible
-  room        what a step keeps of each image until backward in bfloat16, plain and with --recompute, and the largest
-              batch that fits a GPU of 12, 24 and 80 GB by it (counted; without bfloat16 in hardware it takes minutes)
+--recompute and --no-amp change nothing here.
 """
-import importlib, math, os, pathlib, statistics, sys, tempfile, time
+import importlib, itertools, math, os, pathlib, statistics, sys, tempfile, time
 from dataclasses import replace
 
 import numpy as np
@@ -29,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
-from common import Batches, UserError, autocast, command_line, param_groups, recompute, start_processes
+from common import Batches, answer, autocast, check, command_line, param_groups, recompute, start_processes
 from eval_linear import model_class
 from images import MEAN, STD
 
@@ -37,7 +39,7 @@ from images import MEAN, STD
 def rate(step, device, seconds=5.0):
     """Runs of `step` a second: the median over at least three runs and `seconds`, after two to warm up."""
     times = []
-    while len(times) < 5 or sum(times) < seconds:
+    while len(times) < 5 or sum(times[2:]) < seconds:
         begin = time.perf_counter()
         step()
         if device.type == "cuda":
@@ -91,17 +93,18 @@ def gflop_per_image(cfg):
 
 
 def saved_bytes(model, cfg, images, device):
-    """Bytes that the forward pass of a step on so many images keeps for its backward, in bfloat16 autocast; parameters
-    are not counted, their bfloat16 copies are."""
-    kept, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+    """(bytes that the forward pass of a step on so many images keeps for its backward in bfloat16 autocast, how many
+    blocks of the encoder it goes through with gradient). Parameters are left out, their bfloat16 copies are not."""
+    kept, own, passes = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}, []
 
     def note(x):
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    def note_input(block, inputs):  # of it the recomputation begins, out of the hooks' sight
+    def note_input(block, inputs):  # which --recompute keeps without a word to saved_tensors_hooks
         if torch.is_grad_enabled():
             note(inputs[0])
+            passes.append(block)
     blocks = [block for block in model.encoder.modules() if "mlp" in dict(block.named_children())]
     handles = [block.register_forward_pre_hook(note_input) for block in blocks]
     view1, view2 = torch.randn(2, images, 3, cfg.img, cfg.img, device=device)
@@ -109,28 +112,36 @@ def saved_bytes(model, cfg, images, device):
         losses = model(view1, view2)
     for handle in handles:
         handle.remove()
-    del losses  # it holds what was kept till here
-    return sum(size for place, size in kept.items() if place not in own)
+    del losses  # all that was kept lives until here, so that no two tensors had the same place
+    return sum(size for place, size in kept.items() if place not in own), len(passes)
 
 
-def room(module, model, cfg, device):
-    """Bytes that a step keeps of each image, plain and with --recompute, which stays on; counted as on a GPU."""
+def room(module, cfg, device):
+    """{"plain" and "with --recompute": (bytes that a step keeps of each image, bytes that it needs at its peak)}.
+
+    At its peak, in backward, a step also holds the gradients in one block of the encoder, and with --recompute that
+    block's own tensors, which it has just computed again. On a CPU, a ViT's are counted as on a GPU.
+    """
     def of_an_image():
-        return saved_bytes(model, cfg, 3, device) - saved_bytes(model, cfg, 2, device)
+        return saved_bytes(model, cfg, 3, device)[0] - saved_bytes(model, cfg, 2, device)[0]
+    torch.manual_seed(0)
+    model = model_class(module)(cfg).to(device)
     attend, module.attend = module.attend, F.scaled_dot_product_attention  # on CPUs it would leave bfloat16
     try:
-        plain = of_an_image()
+        plain, (_, passes) = of_an_image(), saved_bytes(model, cfg, 2, device)
         recompute(model)
-        return plain, of_an_image()
+        less = of_an_image()
     finally:
         module.attend = attend
+    block = (plain - less) / passes
+    return {"plain": (plain, plain + block), "with --recompute": (less, less + 2 * block)}
 
 
-def largest_batch(model, cfg, saved, gigabytes):
-    """The images that `saved` bytes each allow in so much memory, beside two views in float32, the weights, gradients,
-    AdamW's moments and bfloat16 copies. A tenth is left for what comes and goes."""
+def largest_batch(model, cfg, needed, gigabytes):
+    """How many images of `needed` bytes each so much memory holds, beside their two views in float32, the weights,
+    their gradients, AdamW's moments and bfloat16 copies; a tenth of the memory stays free."""
     fixed = sum(p.numel() * (4 + 4 + 8 + 2 if p.requires_grad else 4 + 2) for p in model.parameters())
-    return max(0, int((0.9e9 * gigabytes - fixed) / (saved + 2 * 3 * 4 * cfg.img ** 2)))
+    return max(0, int((0.9e9 * gigabytes - fixed) / (needed + 2 * 3 * 4 * cfg.img ** 2)))
 
 
 def reading(cfg, here):
@@ -146,7 +157,7 @@ def reading(cfg, here):
                     os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             images = torch.from_numpy(np.load(file, mmap_mode="c"))
             batches = Batches((images[:0], None, torch.ones(2048)), min(cfg.batch, 256), 0, here, torch.arange(2048))
-            batches.images, begin = images, time.perf_counter()  # they would be moved to a GPU where they fit
+            batches.images, begin = images, time.perf_counter()  # after Batches had a chance to move them to a GPU
             for step in range(len(batches)):
                 batches[step]
             if here.device.type == "cuda":
@@ -172,21 +183,13 @@ class PilViews(Dataset):
         return self.view1(self.images[i]), self.view2(self.images[i])
 
 
-def main(argv=None):
-    """The command line; returns the exit status."""
-    method, *flags = (sys.argv[1:] if argv is None else argv) or [""]
-    if method in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    try:
-        if method not in ("mclim", "mvmae", "cmae", "macrl", "camae"):
-            raise UserError(f"{method!r}: the first word must be a method, as in eval_speed.py mclim --tiny")
-        module = importlib.import_module(method)
-        cfg = command_line(method, module.Config, module.TINY, flags)
-        here = start_processes(cfg.device)
-    except (UserError, ModuleNotFoundError) as error:
-        print(f"eval_speed.py: {error}", file=sys.stderr)
-        return 2
+def measure(method, flags):
+    """Prints all rates of `method` with `flags`. Raises UserError, OSError."""
+    check(method in ("mclim", "mvmae", "cmae", "macrl", "camae"), "eval_speed.py", repr(method),
+          "the first word must be a method, as in eval_speed.py mclim --tiny")
+    module = importlib.import_module(method)
+    cfg = command_line(method, module.Config, module.TINY, flags)
+    here = start_processes(cfg.device)
     name = torch.cuda.get_device_name() if here.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}; torch {torch.__version__}; {method}, {cfg.img} pixels, patch {cfg.patch}, batch {cfg.batch}")
 
@@ -204,7 +207,6 @@ def main(argv=None):
     batch = torch.empty(cfg.batch, 3, 256, 256, dtype=torch.uint8, device="meta")
     copies, kernels = count_copies(lambda: module.views(batch, cfg))
     print(f"counted     {copies} copies to the device and {kernels} kernels, of the views of a step", flush=True)
-
     if hasattr(os, "posix_fadvise"):
         disk, memory = reading(cfg, here)
         print(f"reading     {cfg.store or round(cfg.img * 8 / 7):3} pixels   {disk:10,.0f} images/s from the disk   "
@@ -212,32 +214,33 @@ def main(argv=None):
 
     torch.manual_seed(0)
     model = model_class(module)(cfg).to(here.device)
-    net = torch.compile(model, options={"fallback_random": True}) if cfg.compile else model
+    for how, (kept, needed) in room(module, cfg, here.device).items():
+        fits = ", ".join(f"{largest_batch(model, cfg, needed, size):,} in {size} GB" for size in (12, 24, 80))
+        print(f"room        {kept / 1e6:6.1f} MB an image, {how}: at most {fits}", flush=True)
+
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), fused=True)
     view1, view2 = (torch.randn(cfg.batch, 3, cfg.img, cfg.img, device=here.device) for _ in range(2))
 
-    def step(amp):
+    def step(net, amp):
         with autocast(here.device, amp):
             loss = net(view1, view2)["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    with FlopCounterMode(display=False) as counter:
-        with autocast(here.device):
-            model(view1, view2)["loss"].backward()
-    n, kind = 8192 if here.device.type == "cuda" else 2048, torch.float32
     with autocast(here.device):
         kind = torch.bfloat16 if torch.is_autocast_enabled(here.device.type) else torch.float32
+    n, gflop = 8192 if here.device.type == "cuda" else 2048, gflop_per_image(cfg)
     a, b = (torch.randn(n, n, device=here.device, dtype=kind) for _ in range(2))
-    peak = 2 * n ** 3 * rate(lambda: a @ b, here.device)
-    for amp in (True, False)[:1 + (kind == torch.bfloat16)]:
-        speed = rate(lambda: step(amp), here.device)
-        share = f"   {speed * counter.get_total_flops() / 1e12:.3g} of {peak / 1e12:.3g} TFLOP/s" if amp else ""
+    peak = 2 * n ** 3 * rate(lambda: a @ b, here.device) / 1e12
+    nets = {"": model, **({"compiled": torch.compile(model, options={"fallback_random": True})} if cfg.compile else {})}
+    for amp, (how, net) in itertools.product((True, False)[:1 + (kind == torch.bfloat16)], nets.items()):
+        speed = cfg.batch * rate(lambda: step(net, amp), here.device)
+        share = f"   {speed * gflop / 1e3:.3g} of {peak:.3g} TFLOP/s" if amp else ""
         name = str(kind if amp else torch.float32)[6:]
-        print(f"step        {name:8}   {cfg.batch * speed:10,.1f} images/s{share}", flush=True)
+        print(f"step        {name:8}   {speed:10,.1f} images/s{share}   {how}".rstrip(), flush=True)
     if kind == torch.float32:
-        print("            this device has no bfloat16 products in hardware (AVX-512 BF16 or AMX on a CPU)")
+        print("            in float32 alone: the device has no bfloat16 in hardware (AVX-512 BF16 or AMX on a CPU)")
 
     if hasattr(module, "visible_first"):
         every = torch.arange((cfg.img // cfg.patch) ** 2, device=here.device).expand(cfg.batch, -1)
@@ -254,10 +257,14 @@ def main(argv=None):
                          for visible in (module.visible_first(mask)[:, :V], every))
         print(f"one view    mask {cfg.mask}   {masked:10.3f} s   unmasked {whole:.3f} s   ratio {masked / whole:.2f}")
 
-    for name, saved in zip(("plain", "with --recompute"), room(module, model, cfg, here.device)):
-        fits = ", ".join(f"{largest_batch(model, cfg, saved, size):,} in {size} GB" for size in (12, 24, 80))
-        print(f"room        {saved / 1e6:.1f} MB an image, {name}: at most {fits}", flush=True)
-    return 0
+
+def main(argv=None):
+    """The command line; returns the exit status of `answer`."""
+    method, *flags = (sys.argv[1:] if argv is None else argv) or [""]
+    if method in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    return answer("eval_speed.py", lambda: measure(method, flags))
 
 
 if __name__ == "__main__":

@@ -349,6 +349,19 @@ def test_speed_is_told(method, monkeypatch, capsys):
     assert ("one view" in told) == (method != "mclim")
 
 
+def test_speed_of_ordinary_trainings_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(HERE / "results")
+    import speed
+    for name, value in {"HERE": tmp_path, "METHODS": ["mvmae"], "BATCHES": {4: 2}, "IMAGES": [128]}.items():
+        monkeypatch.setattr(speed, name, value)
+    speed.main("shapes")
+    with open(tmp_path / "speed.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["batch"], row["images"]) for row in rows] == [("4", ""), ("128", "128")]
+    assert all(float(row["images_per_second"] or row["seconds"]) > 0 for row in rows)
+    assert (tmp_path / "speed.png").exists()
+
+
 def test_the_largest_batch_fills_nine_tenths_of_the_memory():
     cfg, saved = SMALL["cmae"], 10 ** 6
     model, views = build(cfg), 2 * 3 * cfg.img ** 2 * 4
@@ -376,10 +389,11 @@ def test_the_bytes_that_a_step_keeps_are_those_that_the_allocator_counts(method,
     for again in (False, True):
         if again:
             common.recompute(model)
-        counted, theirs = (of(18) - of(2) for of in (lambda n: eval_speed.saved_bytes(model, cfg, n, cpu), allocated))
+        counted = eval_speed.saved_bytes(model, cfg, 18, cpu)[0] - eval_speed.saved_bytes(model, cfg, 2, cpu)[0]
+        theirs = allocated(18) - allocated(2)
         assert counted == pytest.approx(theirs, rel=1e-3), again
-    plain, less = eval_speed.room(MODULES[method], build(cfg), cfg, cpu)
-    assert less < 0.9 * plain and MODULES[method].attend is F.scaled_dot_product_attention
+    (plain, most), (less, least) = eval_speed.room(MODULES[method], cfg, cpu).values()
+    assert plain < most and less < least < most and less < 0.9 * plain
 
 
 def test_confusion_matrix_is_of_the_true_class(tmp_path, monkeypatch):
@@ -925,7 +939,8 @@ def by_hand(cfg):
         views = 1 if cfg.targets == "one" else 2
         return 2 * views * (encode(1 + V) + decode(V)) + (3 * layers(4, D, 4) if cfg.lam > 0 else 0)
     if method == "cmae":
-        contrast = encode_only(1 + N - V) + encode_only(1 + V) + encode_only(1 + N - V) + 4 * layers(1, D, D, D)
+        projection = layers(1, D, D, *[D] * (cfg.projection == "mlp"))
+        contrast = encode_only(1 + N - V) + encode_only(1 + V) + encode_only(1 + N - V) + 4 * projection
         own = blocks(T, W, cfg.decoder_depth) if cfg.decoder == "transformer" else (
             cfg.decoder_depth * (2 * 9 * N * W + layers(N, W, W)))  # 3×3 in each channel, then across them
         decoder = 3 * (layers(1 + V, D, W) + own + layers(T, W, P))
@@ -942,7 +957,8 @@ def by_hand(cfg):
 
 @pytest.mark.parametrize("method, flags", [*((method, {}) for method in METHODS),
     ("mclim", {"contrast": "none", "head": "linear", "freeze_patch": False}), ("mvmae", {"targets": "one", "lam": 0}),
-    ("cmae", {"decoder": "conv", "heat": "features"}), ("camae", {"mim": False, "freeze_patch": True})], ids=str)
+    ("cmae", {"decoder": "conv", "heat": "features"}), ("cmae", {"projection": "mlp"}),
+    ("camae", {"mim": False, "freeze_patch": True})], ids=str)
 def test_gflop_of_a_step_are_those_counted_by_hand(method, flags):
     cfg = replace(SMALL[method], depth=3, **flags)
     torch.manual_seed(0)
@@ -1171,14 +1187,15 @@ def test_scores_are_those_of_a_run_that_is_trained_and_evaluated(tmp_path):
     job = compare.Job("a", "mclim", SMALL["mclim"], tmp_path, 12, 1.0)
     percent = {"knn_top1": 1.0, "linear_top1": 2.0, "attentive_top1": 3.0}
 
-    def scores(step, percent):
+    def scores(step, percent, images=SMALL["mclim"].images):
         (tmp_path / "metrics.csv").write_text(f"step,knn,images_per_second\n{step},,4.0\n")
-        report = {"percent": {"trained encoder": percent}, "effective_rank": {"trained encoder": 4.0}}
+        report = {"percent": {"trained encoder": percent}, "effective_rank": {"trained encoder": 4.0}, "images": images}
         (tmp_path / "eval_linear.json").write_text(json.dumps(report))
         return compare.read_scores(job)
     assert compare.read_scores(job) is None
     assert scores(12, percent) == {**percent, "rank": 4.0}
     assert scores(11, percent) is None and scores(12, {"knn_top1": 1.0, "linear_top1": 2.0}) is None
+    assert scores(12, percent, images=77) is None  # evaluated on other images than it was trained on
 
 
 def test_table_has_means_deviations_p_and_seconds(tmp_path, monkeypatch):

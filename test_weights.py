@@ -226,7 +226,8 @@ def test_freed_memory_is_kept():
     ask = """
 import ctypes, torch, weights
 class Facts(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 library = ctypes.CDLL(None)
 library.mallinfo2.restype = Facts
 def mapped():  # whether a block of 64 MiB is got from the kernel on its own

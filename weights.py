@@ -117,13 +117,15 @@ def timm_call(cfg, encoder):
 def autocast(device, amp=True):
     """bfloat16 autocast where the device computes in bfloat16, else float32."""
     cpu = torch.cpu.get_capabilities()
-    able = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu.get("amx_bf16") or cpu.get("avx512_bf16")
+    able = cpu.get("amx_bf16") or cpu.get("avx512_bf16")
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bool(amp and able))
 
 
 def keep_memory():
-    """Asks the GNU C library, where it is, to keep memory that a step has freed for the next one. It would hand large
-    blocks back, and the kernel fills with zeros what it hands out again, which takes longer than many an operation."""
+    """On Linux with the GNU C library, memory that a step frees stays with the process: the kernel fills with zeros
+    what it hands out again, and that takes long. Elsewhere nothing happens."""
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # another C library has no mallopt
             library = ctypes.CDLL(None)
@@ -132,8 +134,8 @@ def keep_memory():
 
 
 def recompute(model):
-    """--recompute: the residual blocks of model.encoder keep nothing for backward, which computes them again. Returns
-    the model, which must not be copied afterwards."""
+    """--recompute: the residual blocks of model.encoder keep only their input for backward, which computes them again.
+    Returns the model, which must not be copied afterwards."""
     for block in model.encoder.modules():
         if "mlp" in dict(block.named_children()):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

@@ -590,7 +590,7 @@ def test_no_gradient_flows_through_q2(pool):
 
 
 @pytest.mark.parametrize("change", [{}, {"lam_ctr": 0.5, "lam_loc": 2.0, "lam_con": 3.0}, {"pool": "cls"},
-                                    {"projection": "linear"}, {"location_from": "content"}, {"norm_pixels": True}])
+                                    {"projection": "mlp"}, {"location_from": "content"}, {"norm_pixels": True}])
 def test_forward_is_sections_3_3_to_3_6(change):
     cfg = replace(SMALL["cmae"], **change)
     model, x_q, x_k = build(cfg), normal(6, 3, 16, 16), normal(6, 3, 16, 16, seed=1)
@@ -692,8 +692,9 @@ def test_the_momentum_networks_are_averages_and_slow_down(few, tmp_path, module,
     method = module.__name__
     cfg = replace(SMALL[method], epochs=1, warmup=0, momentum=0.9, amp=False, out=str(tmp_path / "run"))
     f_xi, g_xi, g = MOMENTUM[method]
+    last = "weight" if method == "cmae" else "fc2.weight"  # cmae's projection is one layer
     pairs = {f"{f_xi}.blocks.0.attn.qkv.weight": "encoder.blocks.0.attn.qkv.weight",
-             f"{g_xi}.fc2.weight": f"{g}.fc2.weight"}
+             f"{g_xi}.{last}": f"{g}.{last}"}
     states, save = [], common.Run.save
 
     def save_and_keep(run, step, *args, model, **parts):
@@ -1333,7 +1334,7 @@ def test_the_page_names_flags_that_exist_and_draws_whole_formulas(method):
     page = (HERE / "papers" / f"{method}.md").read_text()
     modules = *MODULES.values(), eval_finetune
     fields = {field.name for module in modules for field in dataclasses.fields(module.Config)}
-    others = {"baselines", "seeds", "nproc_per_node"}
+    others = {"baselines", "seeds", "nproc_per_node", "rows", "gflop"}
     for flag in re.findall(r"--(?:no-)?([a-z][a-z0-9-]*)", page):
         assert flag.replace("-", "_") in fields | others, f"--{flag}"
     for formula in re.findall(r"\$([^$]+)\$", page):

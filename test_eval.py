@@ -1,5 +1,5 @@
 """Tests of what is done with a finished run: kNN and probes, segmentation, fine-tuning, speed, pictures."""
-import csv, inspect, json, math, os, pathlib, random, re, shlex, shutil, signal, subprocess, sys, time, types
+import csv, importlib, inspect, json, math, os, pathlib, random, re, shlex, shutil, signal, subprocess, sys, time, types
 from dataclasses import asdict, fields, replace
 
 import numpy as np
@@ -351,7 +351,7 @@ def test_speed_is_told(method, monkeypatch, capsys):
 
 def test_speed_of_ordinary_trainings_is_drawn(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(HERE / "results")
-    import speed
+    speed = importlib.import_module("speed")
     for name, value in {"HERE": tmp_path, "METHODS": ["mvmae"], "BATCHES": {4: 2}, "IMAGES": [128]}.items():
         monkeypatch.setattr(speed, name, value)
     speed.main("shapes")

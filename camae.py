@@ -302,7 +302,7 @@ def train(cfg):
     if cfg.recompute:
         recompute(model)
     net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model
-    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # it draws as the plain one
+    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # the same random numbers
     peak = cfg.lr * cfg.batch * here.world / 256  # §IV-A
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, betas=(0.9, 0.95), fused=True)  # MAE's
 

@@ -163,7 +163,7 @@ Here = typing.NamedTuple("Here", [("rank", int), ("world", int), ("device", torc
 
 
 def start_processes(device="auto"):
-    """Joins torchrun's processes, if it started this one, and picks the device. Raises UserError where CUDA is not."""
+    """Joins torchrun's processes, if it started this one, and picks the device. Raises UserError if cuda is missing."""
     rank, world, local = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cuda = torch.cuda.is_available() and device != "cpu"
     check(cuda or device != "cuda", "--device", device, "no CUDA GPU is at hand; cpu and auto will run")

@@ -107,7 +107,7 @@ def tokens_of(encoder, parts, img, here, amp=True):
         tokens = []
         for part in ids.split(250):
             x = normalize(central_crop(images[part].to(here.device), img, aspect[part]))
-            encoder.forward = functools.lru_cache(1)(encoder.forward)  # one pass gives both of x
+            encoder.forward = functools.lru_cache(1)(encoder.forward)  # tokens and features of x by one pass
             with autocast(here.device, amp):
                 tokens.append(encoder.tokens(x))
                 features[part.to(here.device)] = encoder.features(x).float()

@@ -185,7 +185,7 @@ class PilViews(Dataset):
 
 def measure(method, flags):
     """Prints all rates of `method` with `flags`. Raises UserError, OSError."""
-    check(method in ("mclim", "mvmae", "cmae", "macrl", "camae"), "eval_speed.py", repr(method),
+    check(method in ("mclim", "mvmae", "cmae", "macrl", "camae"), "METHOD", repr(method),
           "the first word must be a method, as in eval_speed.py mclim --tiny")
     module = importlib.import_module(method)
     cfg = command_line(method, module.Config, module.TINY, flags)

@@ -1,5 +1,6 @@
 """Tests of what is done with a finished run: kNN and probes, segmentation, fine-tuning, speed, pictures."""
 import csv, importlib, inspect, json, math, os, pathlib, random, re, shlex, shutil, signal, subprocess, sys, time, types
+import weakref
 from dataclasses import asdict, fields, replace
 
 import numpy as np
@@ -164,6 +165,20 @@ def test_evaluation_reads_only_as_many_images_as_asked(checkpoints, little, monk
     asked = []
     monkeypatch.setattr(eval_linear, "load_data", lambda cfg: asked.append(cfg.images) or (little[0], None))
     assert eval_linear.main([str(checkpoints["mvmae"]), "--images", "40"]) == 0 and asked == [40]
+
+
+def test_tokens_of_one_encoder_leave_memory_before_the_next_come(checkpoints, little, monkeypatch):
+    tokens_of, earlier = eval_linear.tokens_of, []
+
+    def spied(*args):
+        assert not any(tokens() for tokens in earlier)
+        tokens, features = tokens_of(*args)
+        earlier.extend(map(weakref.ref, tokens))
+        return tokens, features
+
+    monkeypatch.setattr(eval_linear, "tokens_of", spied)
+    monkeypatch.setattr(eval_linear, "measure", lambda *_: ({}, torch.zeros(32)))
+    assert eval_linear.main([str(checkpoints["mvmae"]), "--baselines"]) == 0 and len(earlier) == 4
 
 
 @pytest.mark.parametrize("kind", ["no labels", "no test images", "unlabelled test images", "one class"])

@@ -243,6 +243,13 @@ print(mapped(), library.mallinfo2().fordblks >= 2 ** 26)
     assert told.stdout.split() == ["True", "False", "True"], told
 
 
+@pytest.mark.parametrize("native", [False, True])
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(monkeypatch, native):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    monkeypatch.setattr(torch, "autocast", lambda device, dtype, enabled: enabled)
+    assert common.autocast(torch.device("cuda")) is native and not common.autocast(torch.device("cuda"), amp=False)
+
+
 # What they are worth
 
 def test_knn_is_the_vote():

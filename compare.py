@@ -13,8 +13,8 @@ steps as that pays for, and its schedule follows. With --equal epochs every row 
 
 Each run is an ordinary run folder in --out, trained, then evaluated by eval_linear.py, on the same --images. Stopped or
 killed, the same command goes on where it was and repeats nothing that is finished; more seeds or rows may be added. It
-leaves table.txt, .csv, .png: means, deviations over seeds, and p against the --baseline row, by Student's t with the
-variance pooled over all rows. A star marks p < 0.01; among many rows and scores chance reaches it now and then.
+leaves table.txt, .csv, .png: means, deviations over seeds, and p against the --baseline row, by Student's t, two-sided,
+with the variance pooled over all rows. A star marks p < 0.01; among many rows and scores chance reaches it at times.
 """
 import csv, dataclasses, datetime, gc, importlib, json, math, os, pathlib, re, shutil, statistics, sys, time, typing
 

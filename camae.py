@@ -1,16 +1,16 @@
 """CAMAE with IDM and PLB: He Zhu, Yang Chen, Guyue Hu and Shan Yu, "Information-density Masking Strategy for Masked
 Image Modeling".
 
-An encoder is contrasted with its momentum average on two views, and the first of them is reconstructed from a quarter
-of its patches. Which quarter, its own attention says: the patches that one head of the last block finds most
-informative are masked (IDM). The head is drawn in each step, more often one whose masks are hard to reconstruct (PLB).
+An encoder is contrasted with its momentum average on two views, and it reconstructs the first view from a quarter of
+the patches. The encoder's own attention decides which it sees: the patches that one head of its last block attends to
+most are masked (IDM). That head is drawn in each step; heads with a higher loss are drawn more often (PLB).
 
-f encoder, g projector, q decoder, f_xi and g_xi momentum averages, p the heads' probabilities. One training step on B
-images of N patches, K heads (the paper's M), P the number of values of a patch:
+f is the encoder, g the projector, q the decoder; f_xi and g_xi are averages of f and g; p are the heads' probabilities.
+One training step on B images of N patches with P values each, and K heads (the paper's M):
     view1, view2 = augment(images), augment(images)              # §III-A    (B, 3, 224, 224)
     z1, z2 = g(f(view1)), g(f(view2))                            # §III-A    (B, 256)
     z1_xi, z2_xi = g_xi(f_xi(view1)), g_xi(f_xi(view2))          # §III-A    (B, 256), no gradient
-    L_c = (InfoNCE(z1, z2_xi) + InfoNCE(z2, z1_xi)) / 2          # Eq. 1     a number
+    L_c = (InfoNCE(z1, z2_xi) + InfoNCE(z2, z1_xi)) / 2          # Eq. 1, both ways, as MoCo v3
     m = one of the K heads, drawn by p                           # Eq. 5     one a step
     mask = the 75 % of view1's patches that m attends to most    # Eq. 3     (B, N)
     L_m = MSE(q(f(visible patches)), view1), masked ones only    # Eq. 2     a number, from (B, N, P)
@@ -18,14 +18,14 @@ images of N patches, K heads (the paper's M), P the number of values of a patch:
     f_xi, g_xi ← momentum·(f_xi, g_xi) + (1 - momentum)·(f, g)   # Figure 1
     after each epoch: p = 0.01·p + 0.99·softmax(L_m/0.2)         # Eq. 4     (K,), L_m of each head
 
-What may change the result, because the paper leaves it open: the scale of L_m in Eq. 4 (--plb-loss; by the mean no
-head rules), momentum (--momentum), whether the patch embedding is frozen (--freeze-patch), whether pixels are
-normalised (--norm-pixels), whose attention decides the mask (f's class token's), augmentations (--crop-min …), --lr.
+What may change the result, because the paper leaves it open: the scale of L_m in Eq. 4 (--plb-loss; with the mean, p
+stayed nearly even in small runs), momentum (--momentum), a frozen patch embedding (--freeze-patch), normalised pixels
+(--norm-pixels), augmentations (--crop-min …), --lr; and, without a flag, that the mask follows the attention of f's
+class token, not of f_xi's, and that one head serves all images of a step.
 
     torchrun --nproc-per-node 8 camae.py --data PATH         the paper's experiment, on ImageNet
     python camae.py --tiny --data shapes                     a first look on a laptop
-    python eval_linear.py runs/camae-DATE-TIME               what became of it; show.py draws the heads' masks
-
+    python eval_linear.py runs/camae-DATE-TIME               the linear probe; show.py draws the heads' masks
 Measured: --tiny, CIFAR-10 (JPEG), steps 81 to 100: loss 4.968, reconstruction 1.126, contrast 3.842.
 Every other choice, symbol and misprint, and the paper's tables: papers/camae.md.
 """
@@ -51,19 +51,19 @@ class Config:
     """Every setting, each a flag of the command line. Raises UserError for a value out of range."""
     # method
     mask: float = 0.75  # share of the patches that is masked, §III-C
-    mask_by: Literal["random", "idm", "plb"] = "plb"  # Table II: at random, by a head drawn evenly, or drawn by Eq. 4
-    contrast: bool = True  # L_c, Eq. 1; without it MAE, as in Table I, on this file's views
+    mask_by: Literal["random", "idm", "plb"] = "plb"  # Table II: at random; by a head drawn evenly, or by p of Eq. 4
+    contrast: bool = True  # L_c, Eq. 1; without it reconstruction alone, in Table I masked at random or by idm
     mim: bool = True  # L^m, Eq. 2; without it contrast alone, as in Tables III to V
     tau: float = 0.2  # τ, temperature, §IV-A
     lam: float = 0.99  # λ, weight of the new estimate of p, Eq. 4
     eps: float = 0.2  # ε, temperature of the heads' losses, Eq. 4
-    plb_loss: Literal["mean", "patches", "sum"] = "mean"  # L^m in Eq. 4: mean; sum over patches; also over pixels
+    plb_loss: Literal["mean", "patches", "sum"] = "mean"  # L^m of Eq. 4: mean; sum over patches; over pixels
     momentum: float = 0.99  # of f_ξ and g_ξ, rising to 1 by a cosine; MoCo v3's ([10]); DINO's ([7]) is 0.996
     crop_min: float = 0.08  # smallest crop, share of the area; MoCo v3's
     jitter: float = 0.8  # probability of colour jitter; MoCo v3's
     gray: float = 0.2  # probability of greyscale; MoCo v3's
     blur: float = 0.5  # probability of blur; SimCLR's, alike in both views
-    norm_pixels: bool = False  # the target: each patch to mean 0, deviation 1; no: ImageNet's channels, as Eq. 2 reads
+    norm_pixels: bool = False  # target patches at mean 0, deviation 1, MAE's; no: pixels as the view has them, Eq. 2
     # model
     img: int = 224  # side of the views in pixels, §IV-A
     patch: int = 16  # side of a patch in pixels, §IV-A
@@ -82,7 +82,7 @@ class Config:
     lr: float = 1.5e-4  # base learning rate, for a batch of 256; MAE's and MoCo v3's
     wd: float = 0.05  # weight decay; MAE's
     warmup: float = 40.0  # epochs of linear warm-up; MAE's and MoCo v3's
-    steps: int = 0  # stop after so many steps, the schedule too; 0 for all of --epochs
+    steps: int = 0  # length of training and schedule in steps; 0: as --epochs says
     # run
     data: str = "cifar10"  # cifar10, cifar100, stl10, tiny-imagenet, shapes, or a folder; §IV-A has ImageNet
     images: int = 0  # train on so many images, a fixed choice; 0 for all
@@ -96,7 +96,7 @@ class Config:
     amp: bool = True  # bfloat16 autocast where the device is fast in it
     compile: bool = False  # torch.compile the model
     recompute: bool = False  # compute the encoder's blocks a second time in backward: less memory, more time
-    workers: int = 0  # threads that decode a folder, 0 for one a core
+    workers: int = 0  # threads that decode a folder; 0: one per core
     log_every: int = 20  # steps between rows of metrics.csv
     knn_every: int = 10  # epochs between kNN checks, 0 for none
     tiny: bool = False  # a size for a laptop
@@ -122,7 +122,7 @@ TINY = Config(crop_min=0.2, blur=0.0, img=32, patch=4, dim=192, depth=4, heads=3
 # probabilities; D width of a token, P = 3·patch·patch values of a patch; (world·B) are the images of all processes.
 
 def views(images, cfg, aspect=None):
-    """Two views of each image by the same law; without contrast one view, twice. §III-A
+    """Two views of each image, drawn independently by the same augmentations; without contrast one view, twice. §III-A
 
     images (B, 3, S, S), uint8 or 0…1; aspect (B,): their width over height before they were squeezed to squares, 1 if
     None. Returns view1 and view2 (x_i and x'_i), normalised, (B, 3, img, img).
@@ -130,7 +130,7 @@ def views(images, cfg, aspect=None):
     def view():
         x = random_resized_crop(images, cfg.img, (cfg.crop_min, 1.0), aspect=aspect)
         x = random_hflip(x)
-        x = color_jitter(x, p=cfg.jitter)
+        x = color_jitter(x, p=cfg.jitter)  # brightness, contrast, saturation, hue by up to 0.4, 0.4, 0.2, 0.1
         x = random_grayscale(x, cfg.gray)
         return normalize(gaussian_blur(x, cfg.blur))
     view1 = view()
@@ -177,18 +177,19 @@ class CAMAE(nn.Module):
     def forward(self, view1, view2, m=None):
         """Normalised views (B, 3, H, W) and the head m (1,) that masks, any if None → {"loss": Eq. 6, "contrast":
         Eq. 1, "reconstruction": Eq. 2}, without what --no-contrast or --no-mim leaves out."""
-        cfg, before, L_c, L_m, losses = self.cfg, None, 0, 0, {}
+        cfg, L_c, L_m, losses = self.cfg, 0, 0, {}
+        entering = None  # the tokens of view1 that enter the last block
         if cfg.contrast:
-            tokens1, before = self.encoder(view1, inside=True)  # (B, 1 + N, D) each; before the last block
+            tokens1, entering = self.encoder(view1, with_entering=True)  # (B, 1 + N, D) each
             h1, h2 = self.encoder.vector(tokens1), self.encoder.features(view2)  # h_i of either view, (B, D)
             z1, z2 = self.g_theta(gather(h1)), self.g_theta(gather(h2))  # z_i, (world·B, 256)
             with torch.no_grad():
                 h1_xi, h2_xi = self.f_xi.features(view1), self.f_xi.features(view2)  # h'_i of either view, (B, D)
                 z1_xi, z2_xi = self.g_xi(gather(h1_xi)), self.g_xi(gather(h2_xi))  # z'_i, (world·B, 256)
-            L_c = (info_nce_loss(z1, z2_xi, cfg.tau) + info_nce_loss(z2, z1_xi, cfg.tau)) / 2  # Eq. 1, both ways
+            L_c = (info_nce_loss(z1, z2_xi, cfg.tau) + info_nce_loss(z2, z1_xi, cfg.tau)) / 2  # Eq. 1; mean: MoCo v3
             losses["contrast"] = L_c
         if cfg.mim:
-            mask = self.draw_mask(view1, m, before)  # Eq. 3, (B, N)
+            mask = self.draw_mask(view1, m, entering)  # Eq. 3, (B, N)
             y = self.decode(view1, mask)  # x̃, (B, N, P)
             target = patchify(view1, cfg.patch)  # x, (B, N, P)
             target = normalize_patches(target) if cfg.norm_pixels else target
@@ -197,14 +198,15 @@ class CAMAE(nn.Module):
         return {"loss": L_c + L_m, **losses}  # Eq. 6
 
     @torch.no_grad()
-    def draw_mask(self, x, m=None, before=None):
-        """Which patches of images (B, 3, H, W) are masked, bool (B, N): at random, or by head m (1,), any if None, of
-        f_θ's attention to the whole image. before (B, 1 + N, D): what enters the last block, computed here if None."""
+    def draw_mask(self, x, m=None, entering=None):
+        """The mask of images (B, 3, H, W): bool (B, N), 1 = masked. At random, or by f_θ's attention to whole images in
+        head m, a tensor (1,), so that nothing waits for the device; None draws a head evenly. entering (B, 1 + N, D):
+        the tokens that enter the last block, computed here if None."""
         if self.cfg.mask_by == "random":
             return random_mask(len(x), self.N, self.cfg.mask, x.device)
         m = torch.randint(self.cfg.heads, (1,), device=x.device) if m is None else m
-        attention = (self.encoder.attention(x) if before is None else
-                     class_attention(self.encoder.blocks[-1], before))  # (B, K, N)
+        attention = (self.encoder.attention(x) if entering is None else
+                     class_attention(self.encoder.blocks[-1], entering))  # (B, K, N)
         return idm_mask(attention.index_select(1, m)[:, 0], self.cfg.mask)
 
     def decode(self, x, mask):
@@ -253,11 +255,11 @@ class PLB(nn.Module):
 
     def draw(self, steps, seed, epoch):
         """The head of each step of an epoch, int64 (steps,) from 0, the same in all processes. Eq. 5"""
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + 500_000 + epoch)  # not the seed of the batches
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + 500_000 + epoch)  # + 500_000: not Batches' seed
         return self.p.cpu().multinomial(steps, replacement=True, generator=generator).to(self.p.device)
 
     def note(self, m, loss):
-        """Adds the loss of a step, a number, the mean of all processes, to what head m (1,) had in this epoch."""
+        """Adds a step's loss, a number, the mean of all processes, to this epoch's sum of head m (1,)."""
         self.sums.index_add_(0, m, loss.detach().float().view(1))
         self.counts.index_add_(0, m, torch.ones_like(self.sums[:1]))
 
@@ -276,7 +278,8 @@ class PLB(nn.Module):
 
 
 def info_nce_loss(z, z_prime, tau):
-    """InfoNCE of z[i] and its positive z_prime[i] against all other z_prime, (B, any width), mean over i. Eq. 1"""
+    """InfoNCE of z[i] and its positive z_prime[i] among all z_prime, (B, any width), brought to length 1 here, as MoCo
+    v3 does; mean over i. Eq. 1"""
     with torch.autocast(z.device.type, enabled=False):
         z, z_prime = F.normalize(z.float(), dim=1), F.normalize(z_prime.float(), dim=1)
         logits = z @ z_prime.mT / tau  # (B, B), the positives on the diagonal
@@ -302,16 +305,15 @@ def train(cfg):
     if cfg.recompute:
         recompute(model)
     net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model
-    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # the same random numbers
+    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws as without
     peak = cfg.lr * cfg.batch * here.world / 256  # §IV-A
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, betas=(0.9, 0.95), fused=True)  # MAE's
 
     by_heads = cfg.mim and cfg.mask_by != "random"
-    heads = range(1, cfg.heads + 1) if by_heads else ()
-    columns = [f"{name} of head {m}" for name in ("loss", "p") for m in heads] + ["heads in play"] * by_heads
-    run = Run("camae", cfg, here, len(batches), ["knn", "rank", *columns])
+    columns = [f"{name} of head {m}" for name in ("loss", "p") for m in range(1, cfg.heads + 1)] + ["heads in play"]
+    run = Run("camae", cfg, here, len(batches), ["knn", "rank", *(columns if by_heads else ())])
     step = run.resume(model=model, optimizer=optimizer, plb=plb)
-    drawn = plb.draw(len(batches), cfg.seed, step // len(batches))  # the epoch's heads, one for each step
+    drawn = plb.draw(len(batches), cfg.seed, step // len(batches))  # the epoch's heads, one a step; used if by_heads
     while step < steps and not run.stopped:
         seed_step(cfg.seed, step, here.rank)
         images, aspect = batches[step]
@@ -336,7 +338,7 @@ def train(cfg):
         run.log(step, losses, optimizer.param_groups[0]["lr"])
         if step % len(batches) == 0:
             if by_heads:
-                p, in_play = plb.p.tolist(), plb.heads_in_play().item()  # what this epoch's heads were drawn by
+                p, in_play = plb.p.tolist(), plb.heads_in_play().item()  # the old p, which drew this epoch's heads
                 plb.end_epoch(cfg.lam if cfg.mask_by == "plb" else 0.0, cfg.eps)  # Eq. 4; λ = 0 keeps p even
                 if here.rank == 0:
                     epoch = {"step": step, "epoch": step // len(batches)}
@@ -346,8 +348,8 @@ def train(cfg):
     return run.finish()
 
 
-# Parts. K heads, each d = D/K wide. The letters are those of the other files: here p is the side of a patch in pixels
-# and m a momentum.
+# Parts, most of them shared with the other files, with letters of their own: p is the side of a patch in pixels, m a
+# momentum, z the encoder's tokens (any rows in gather); q, k, v are attention's; K heads, each d = D/K wide.
 
 def ema(average, model, m):
     """average ← m·average + (1 - m)·model, weight by weight, for two networks of the same shape."""
@@ -355,8 +357,8 @@ def ema(average, model, m):
 
 
 class Gather(torch.autograd.Function):
-    """(B, D) → (world·B, D). Backward sums a row's gradients over the processes: all have the same loss of it, and the
-    averaging of DistributedDataParallel divides by their number again."""
+    """(B, D) → (world·B, D). Every process computes the same loss from all rows: backward's sum over the processes is
+    world times the gradient of a row, and DistributedDataParallel's average divides by world."""
     @staticmethod
     def forward(ctx, z):
         rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
@@ -468,15 +470,15 @@ class Encoder(nn.Module):
         self.apply(init_weights)
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def forward(self, x, visible=None, inside=False):
+    def forward(self, x, visible=None, with_entering=False):
         """Images (B, 3, H, W), of which the patches `visible` (B, V) are seen, all N if None → (B, 1 + V, D), class
-        token first; with inside=True also what enters the last block, (B, 1 + V, D)."""
+        token first; with_entering: also what enters the last block, (B, 1 + V, D)."""
         x = self.patch_embed(x).flatten(2).mT + self.pos_embed[:, 1:]  # (B, N, D)
         x = x if visible is None else take(x, visible)  # (B, V, D)
         x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)  # (B, 1 + V, D)
         for block in self.blocks:
-            before, x = x, block(x)
-        return (self.norm(x), before) if inside else self.norm(x)
+            entering, x = x, block(x)
+        return (self.norm(x), entering) if with_entering else self.norm(x)
 
     def vector(self, z):
         """One vector (B, D) for the tokens (B, 1 + V, D) of an image."""
@@ -492,12 +494,12 @@ class Encoder(nn.Module):
 
     def attention(self, x):
         """How the class token attends to the patches in the last block, (B, 3, H, W) → (B, K, N)."""
-        return class_attention(self.blocks[-1], self(x, inside=True)[1])
+        return class_attention(self.blocks[-1], self(x, with_entering=True)[1])
 
 
 def class_attention(block, x):
-    """How the class token attends to the patches in `block`, which x (B, 1 + N, D) enters: (B, K, N), float32. The
-    products are summed by elements: a matrix product would be bfloat16 under autocast and tie patches' ranks."""
+    """How the class token attends to the patches in `block`, which x (B, 1 + N, D) enters: (B, K, N). The product is
+    summed in float32: as a matrix product it would be bfloat16 under autocast, which ties many patches."""
     qkv = block.attn.qkv(block.norm1(x)).float()  # (B, 1 + N, 3D)
     q, k, _ = qkv.unflatten(2, (3, block.attn.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, 1 + N, d) each, d = D/K
     return ((q[:, :, :1] * k).sum(3) / k.shape[3] ** 0.5).softmax(2)[:, :, 1:]
@@ -517,7 +519,7 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, z, visible):
-        cls, tokens = self.embed(z).split([1, visible.shape[1]], 1)  # (B, V, width)
+        cls, tokens = self.embed(z).split([1, visible.shape[1]], 1)  # (B, 1, width), (B, V, width)
         x = self.mask_token.to(tokens.dtype).expand(len(z), self.pos_embed.shape[1] - 1, -1)  # (B, N, width)
         x = x.scatter(1, visible[:, :, None].expand_as(tokens), tokens)  # each token to its place
         x = torch.cat([cls, x], 1) + self.pos_embed  # (B, 1 + N, width)

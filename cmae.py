@@ -1,12 +1,12 @@
 """CMAE: Jiawei Mao, Xuesong Yin, Yuanqi Chang and Honggu Zhou, "Improvements to Self-Supervised Representation Learning
 for Masked Image Modeling", arXiv 2205.10546, 2022. Not the CMAE of Huang et al. (arXiv 2207.13532), another method.
 
-A masked autoencoder whose encoder E has two tasks of its own: the tokens of a view, visible and masked ones encoded
-apart, are contrasted with those that a momentum encoder M_E makes of another view; and each visible token's place is
-predicted. Views are cut around the object, which E itself finds (ContrastiveCrop). P, M_P: projection, its average.
+A masked autoencoder whose encoder E has two more tasks. Contrast: E encodes the visible and the masked patches of a
+view separately, its moving average M_E those of a second view; the mean tokens of both views are projected, by P and by
+its average M_P, and compared. Location: the place of each visible token is predicted. E also says where to crop.
 
-One training step on B images of N patches, V of them visible, D the width of a token:
-    I = the box around where E's heat map M is above k      # Eq. 1        (B, 4), from epoch 60 on, anew every 60
+One training step on B images of N patches, V of them visible; D is the width of a token, "1 +" the class token:
+    I = the box around where E's heat map M is above k      # Eq. 1        (B, 4), after epoch 60, and every 60
     x_q, x_k = flip(crop(images, I)), the same again        # §3.2         (B, 3, 64, 64)
     q1, q2 = E(visible of x_q), detach(E(masked of x_q))    # §3.3         (B, 1 + V, D), (B, 1 + N - V, D)
     k1, k2 = M_E(visible of x_k), M_E(masked of x_k)        # §3.3         the same shapes
@@ -17,13 +17,13 @@ One training step on B images of N patches, V of them visible, D the width of a 
     step of AdamW on λ_ctr·L_ctr + λ_loc·L_loc + λ_con·L_con  # Eq. 6
     M_E, M_P ← m·(M_E, M_P) + (1 - m)·(E, P)                # §3.3, MoCo v3's momentum average
 
-What may change the result, because the paper does not say it: whether the tokens of Eq. 4 hold their positions
-(--location-from: they do, as in MAE; the task is then trivial, but the gradient of the printed norm does not fade as
-its loss does, and teaches E to keep places); what of h is projected, and how (--pool, --projection); what M is, and k:
-0.1 may give boxes of nearly whole images (--heat, --k); for which batch the rate is (--lr 4e-3); Table 1's decoder
-(--decoder); and "frozen and fine-tuned": eval_linear.py measures the one, eval_finetune.py the other.
+What may change the result, because the paper does not say it: whether positions are added to the tokens of Eq. 4
+(--location-from: yes, as in MAE; the input then holds the answer, but Eq. 5's norm has a gradient of length 1 however
+small it is, and E goes on learning to keep places); what of h is projected, and how (--pool, --projection); what M is,
+and k: 0.1 may give boxes of nearly whole images (--heat, --k); τ (--tau); whether 1e-3 is the rate for a batch of 256
+or the rate itself (--lr 4e-3); Table 1's decoder (--decoder); and "frozen and fine-tuned", of which one must be chosen.
 
-    python cmae.py                                           Table 1's CMAE, as far as it is told, for a GPU
+    python cmae.py                                           Table 1's CMAE, as far as it is described, for a GPU
     python cmae.py --tiny --data shapes                      a first look on a laptop; then eval_linear.py, show.py
 Measured: --tiny --projection mlp, CIFAR-10 (JPEG), steps 81 to 100: loss 4.102 (contrast 2.278, location 0.959).
 Every other choice, symbol and misprint, and the paper's tables: papers/cmae.md.
@@ -60,9 +60,9 @@ class Config:
     norm_pixels: bool = False  # reconstruct patches at mean 0, deviation 1 (MAE's best); no: "pixel form", §3.5
     heat: Literal["attention", "features"] = "attention"  # what the heat map M is made of, §3.2
     k: float = 0.1  # threshold of M, 0…1, Eq. 1; ContrastiveCrop's
-    alpha: float = 0.6  # crop centres by Beta(α, α) across I, below 1 rather at its ends; ContrastiveCrop's
-    crop_from: int = 60  # epochs of plain random crops before (all of --epochs: only such); ContrastiveCrop's
-    crop_every: int = 60  # epochs between computing the boxes anew; ContrastiveCrop's
+    alpha: float = 0.6  # crop centres follow Beta(α, α) across I; below 1 it prefers the edges; ContrastiveCrop's
+    crop_from: int = 60  # epochs of plain crops before the first boxes; a fifth of 300, as in ContrastiveCrop
+    crop_every: int = 60  # epochs until the boxes are computed again; a fifth of 300, too
     crop_min: float = 0.2  # smallest crop, share of the area; MAE's
     # model
     img: int = 64  # side of the views in pixels, §4.1
@@ -80,7 +80,7 @@ class Config:
     lr: float = 1e-3  # base learning rate, §4.2; taken to be for a batch of 256, as MAE's
     wd: float = 0.05  # weight decay, §4.2
     warmup: float = 40.0  # epochs of linear warm-up; MAE's
-    steps: int = 0  # stop after so many steps, the schedule too; 0 for all of --epochs
+    steps: int = 0  # length of training and schedule in steps; 0: as --epochs says
     # run
     data: str = "tiny-imagenet"  # cifar10, cifar100, stl10, tiny-imagenet, shapes, or a folder; §4.1
     images: int = 0  # train on so many images, a fixed choice; 0 for all
@@ -94,7 +94,7 @@ class Config:
     amp: bool = True  # bfloat16 autocast where the device is fast in it
     compile: bool = False  # torch.compile the model
     recompute: bool = False  # compute the encoder's blocks a second time in backward: less memory, more time
-    workers: int = 0  # threads that decode a folder, 0 for one a core
+    workers: int = 0  # threads that decode a folder; 0: one per core
     log_every: int = 20  # steps between rows of metrics.csv
     knn_every: int = 10  # epochs between kNN checks, 0 for none
     tiny: bool = False  # a size for a laptop
@@ -103,24 +103,23 @@ class Config:
         check_config(self)
         check_mask(self)
         check_least(self, 0, "lam_ctr lam_loc lam_con crop_from")
-        lams = self.lam_ctr + self.lam_loc + self.lam_con
-        check(lams > 0, "--lam-ctr, --lam-loc, --lam-con", lams, "must be at least 0, and not all 0")
+        check(self.lam_ctr + self.lam_loc + self.lam_con > 0, "--lam-ctr, --lam-loc, --lam-con", 0, "must be not all 0")
         check(self.lam_ctr == 0 or self.batch >= 2, "--batch", self.batch, "must be at least 2 to have negatives")
         check_above(self, 0, "tau alpha crop_min crop_every")
         check_share(self, "momentum crop_min")
         check(0 <= self.k < 1, "--k", self.k, "must lie between 0 and 1, and not be 1")
-        attends = self.decoder == "transformer" or self.decoder.startswith("hybrid") and self.decoder_depth > 1
-        learns = self.lam_con > 0 and attends or self.lam_ctr > 0 and self.pool == "cls"
+        attends = self.decoder == "transformer" or (self.decoder.startswith("hybrid") and self.decoder_depth > 1)
+        learns = (self.lam_con > 0 and attends) or (self.lam_ctr > 0 and self.pool == "cls")  # the class token's query
         check(self.heat == "features" or learns or self.crop_from >= self.epochs, "--heat", self.heat,
-              "shows where the class token looks, which no loss teaches it here: take --heat features")
+              "is the class token's attention, which no loss trains here: take --heat features")
 
 
 TINY = Config(k=0.5, crop_from=1, crop_every=2, img=32, patch=4, dim=192, depth=4, heads=3, decoder_depth=2,
               decoder_dim=96, decoder_heads=3, epochs=8, batch=128, warmup=1.0, data="cifar10", knn_every=1, tiny=True)
 
 
-# The paper, §3. B images, N = n·n patches, V visible ones, D width of a token, K heads, P values of a patch, (world·B)
-# all processes' images. As in the paper, p are predicted places, and k is a threshold or, beside q, what is contrasted.
+# The paper, §3. B images, N = n·n patches, V visible, D width of a token, K heads, (world·B) all processes' images. P
+# is the projection, in shapes the values in a patch; p are predicted places; k is a threshold or, beside q, contrasted.
 
 def views(images, cfg, aspect=None, boxes=None):
     """Two crops of each image, around its object if `boxes` say where it is, each flipped or not. §3.2
@@ -129,27 +128,26 @@ def views(images, cfg, aspect=None, boxes=None):
     None; boxes (B, 4): I of Eq. 1, as shares of the squeezed sides. Returns x_q and x_k, normalised, (B, 3, img, img).
     """
     def view():
-        scale = cfg.crop_min, 1.0
-        crops = (random_resized_crop(images, cfg.img, scale, aspect=aspect) if boxes is None else
-                 contrastive_crop(images, cfg.img, scale, boxes, cfg.alpha, aspect))
+        crops = (random_resized_crop(images, cfg.img, (cfg.crop_min, 1.0), aspect=aspect) if boxes is None else
+                 contrastive_crop(images, cfg.img, (cfg.crop_min, 1.0), boxes, cfg.alpha, aspect))
         return normalize(random_hflip(crops))
     return view(), view()
 
 
 def contrastive_crop(images, size, scale, boxes, alpha, aspect=None):
-    """R_crop(s, r, I): crops with their centres in `boxes` (B, 4), of images (B, 3, H, W): (B, 3, size, size). Eq. 1"""
+    """R_crop(s, r, I): crops (B, 3, size, size) of images, centred in the boxes I (B, 4) as far as they fit. Eq. 1"""
     H, W = images.shape[2:]
-    _, _, height, width = crop_boxes(len(images), H, W, scale, (3 / 4, 4 / 3), aspect)  # s and r, (B,)
-    top, left, bottom, right = boxes.to(height.device, non_blocking=True).unbind(1)
-    y, x = torch.distributions.Beta(alpha, alpha).sample((2, len(images))).to(height.device, non_blocking=True)
-    top = (crop_starts(top, bottom, height / H, y) * H).round().long()
-    left = (crop_starts(left, right, width / W, x) * W).round().long()
+    _, _, height, width = crop_boxes(len(images), H, W, scale, (3 / 4, 4 / 3), aspect)  # by s and r, in pixels, (B,)
+    I_top, I_left, I_bottom, I_right = boxes.to(height.device, non_blocking=True).unbind(1)  # 0…1, (B,)
+    down, across = torch.distributions.Beta(alpha, alpha).sample((2, len(images))).to(height.device, non_blocking=True)
+    top = (crop_starts(I_top, I_bottom, height / H, down) * H).round().long()
+    left = (crop_starts(I_left, I_right, width / W, across) * W).round().long()
     return crop_resize(images, (top, left, height, width), size)
 
 
 def crop_starts(low, high, length, place):
-    """Where crops of `length` begin: `place` (0…1) of the way between the starts of crops centred at low and at high,
-    each moved inside the image before; all (B,), 0…1."""
+    """Where crops of a `length` start: `place` of the way from a crop centred at `low` to one centred at `high`, both
+    moved into the image if they stick out. All (B,), 0…1."""
     low, high = ((edge - length / 2).clamp(min=0).minimum(1 - length) for edge in (low, high))
     return torch.lerp(low, high, place)
 
@@ -160,7 +158,7 @@ def semantic_boxes(heat, k):
     hot, n = heat > k, heat.shape[1]
     rows, columns = hot.any(2), hot.any(1)  # (B, n)
     top, left = (line.int().argmax(1) for line in (rows, columns))  # the first
-    bottom, right = (n - line.flip(1).int().argmax(1) for line in (rows, columns))  # behind the last
+    bottom, right = (n - line.flip(1).int().argmax(1) for line in (rows, columns))  # one past the last
     return torch.stack([top, left, bottom, right], 1) / n  # Eq. 1
 
 
@@ -181,8 +179,8 @@ def take(x, ids):
 
 
 def restore(q1, q2, order):
-    """Merges the tokens of an image's two halves, class token first in each, (B, 1 + V, D) and (B, 1 + N - V, D), and
-    puts them into their places, given their `order` (B, N): (B, 1 + N, D), first the mean of the class tokens. Eq. 2"""
+    """Puts the tokens of a view's visible patches (B, 1 + V, D) and masked ones (B, 1 + N - V, D), class token first in
+    each, back into the places that order (B, N) names: (B, 1 + N, D), first the mean of both class tokens. Eq. 2"""
     x = torch.cat([q1[:, 1:], q2[:, 1:]], 1)  # Eq. 2, concat: (B, N, D)
     x = torch.empty_like(x).scatter(1, order[:, :, None].expand_as(x), x)  # Eq. 2, restore
     return torch.cat([(q1[:, :1] + q2[:, :1]) / 2, x], 1)
@@ -199,30 +197,31 @@ class CMAE(nn.Module):
         self.M_E = copy.deepcopy(self.encoder).requires_grad_(False)  # §3.3: begins with the same weights
         self.M_P = copy.deepcopy(self.projection).requires_grad_(False)
         self.location = mlp(D, D, self.N).apply(init_weights)  # §3.4
-        nn.init.zeros_(self.location.fc2.weight)  # at random weights its gradient on E drowns the other losses'
+        nn.init.zeros_(self.location.fc2.weight)  # random ones give E far larger gradients than other losses do
         self.decoder = Decoder(D, self.grid, 3 * cfg.patch ** 2, cfg.decoder_dim, decoder_blocks(cfg))  # §3.5
         for part, lam in ((self.projection, cfg.lam_ctr), (self.location, cfg.lam_loc), (self.decoder, cfg.lam_con)):
             part.requires_grad_(lam > 0)
 
     def forward(self, view1, view2):
-        """Normalised views (B, 3, H, W) → {"loss": Eq. 6, "contrast": Eq. 3, "location": Eq. 5, "reconstruction"},
-        without what a weight of 0 leaves out."""
-        cfg, V, x_q, x_k, L_ctr, L_loc, L_con, losses = self.cfg, self.V, view1, view2, 0, 0, 0, {}
+        """Normalised views (B, 3, H, W) → {"loss": Eq. 6, "contrast": Eq. 3, "location": Eq. 5, "reconstruction"}; a
+        term whose weight is 0 is missing."""
+        cfg, V, x_q, x_k = self.cfg, self.V, view1, view2
+        L_ctr, L_loc, L_con, losses = 0, 0, 0, {}
         mask_q = random_mask(len(x_q), self.N, cfg.mask, x_q.device)  # §3.3, (B, N)
         order_q = visible_first(mask_q)  # (B, N)
-        visible = order_q[:, :V]  # (B, V)
+        visible, masked = order_q[:, :V], order_q[:, V:]  # (B, V), (B, N - V)
         q1 = self.encoder(x_q, visible)  # §3.3, (B, 1 + V, D)
         if cfg.lam_ctr > 0:
             order_k = visible_first(random_mask(len(x_k), self.N, cfg.mask, x_k.device))  # (B, N)
-            with torch.no_grad():  # detach, and M_E
-                q2 = self.encoder(x_q, order_q[:, V:])  # §3.3, (B, 1 + N - V, D)
+            with torch.no_grad():  # detach of Eq. 2; M_E has no gradient either
+                q2 = self.encoder(x_q, masked)  # §3.3, (B, 1 + N - V, D)
                 k1, k2 = self.M_E(x_k, order_k[:, :V]), self.M_E(x_k, order_k[:, V:])
             h1, h2 = restore(q1, q2, order_q), restore(k1, k2, order_k)  # Eq. 2, (B, 1 + N, D)
-            z_q = gather(self.projection(self.encoder.vector(h1)))  # (world·B, D)
-            z_k = gather(self.M_P(self.encoder.vector(h2)))  # (world·B, D)
+            z_q = gather(self.projection(self.encoder.vector(h1)))  # P(h1), pooled first, (world·B, D)
+            z_k = gather(self.M_P(self.M_E.vector(h2)))  # (world·B, D)
             losses["contrast"] = L_ctr = info_nce_loss(z_q, z_k, cfg.tau)  # Eq. 3
         if cfg.lam_loc > 0:
-            tokens = self.encoder(x_q, visible, positions=False) if cfg.location_from == "content" else q1
+            tokens = self.encoder(x_q, visible, add_positions=False) if cfg.location_from == "content" else q1
             p = self.location(tokens[:, 1:])  # Eq. 4, (B, V, N)
             losses["location"] = L_loc = location_loss(p, visible)  # Eq. 5
         if cfg.lam_con > 0:
@@ -230,15 +229,14 @@ class CMAE(nn.Module):
             target = patchify(x_q, cfg.patch)  # (B, N, P)
             target = normalize_patches(target) if cfg.norm_pixels else target
             losses["reconstruction"] = L_con = reconstruction_loss(y, target, mask_q)  # §3.5
-        loss = cfg.lam_ctr * L_ctr + cfg.lam_loc * L_loc + cfg.lam_con * L_con  # Eq. 6
-        return {"loss": loss, **losses}
+        return {"loss": cfg.lam_ctr * L_ctr + cfg.lam_loc * L_loc + cfg.lam_con * L_con, **losses}  # Eq. 6
 
     def heat(self, x):
         """The heat map M of Eq. 1 of whole normalised images (B, 3, H, W): (B, n, n), each from 0 to 1."""
         if self.cfg.heat == "attention":
             heat = self.encoder.attention(x).mean(1)  # (B, N)
         else:
-            tokens = self.encoder.blocks[-1](self.encoder(x, inside=True)[1])  # (B, 1 + N, D), before the last norm
+            tokens = self.encoder.blocks[-1](self.encoder(x, with_entering=True)[1])  # without the norm, (B, 1 + N, D)
             heat = tokens[:, 1:].abs().mean(2)  # (B, N)
         low, high = heat.amin(1, keepdim=True), heat.amax(1, keepdim=True)
         return ((heat - low) / (high - low).clamp(min=1e-12)).unflatten(1, (self.grid, self.grid))
@@ -305,17 +303,19 @@ def train(cfg):
     if cfg.recompute:
         recompute(model)
     net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model
-    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # the same random numbers
-    peak = cfg.lr * cfg.batch * here.world / 256  # §4.2
+    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws as without
+    peak = cfg.lr * cfg.batch * here.world / 256  # §4.2's base rate, by MAE's rule
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, betas=(0.9, 0.95), fused=True)  # MAE's
 
     run = Run("cmae", cfg, here, len(batches))
     step = run.resume(model=model, optimizer=optimizer, boxes=boxes)
+    if cfg.crop_from >= cfg.epochs and here.rank == 0:
+        print(f"no ContrastiveCrop: --crop-from {cfg.crop_from} is not below --epochs {cfg.epochs}", flush=True)
     while step < steps and not run.stopped:
         seed_step(cfg.seed, step, here.rank)
         epoch, rest = divmod(step, len(batches))
         if not rest and epoch >= cfg.crop_from and (epoch - cfg.crop_from) % cfg.crop_every == 0:
-            boxes.locate(model, data[0], here)  # §3.2
+            boxes.locate(model, data[0], here)  # §3.1
         I = boxes.boxes[batches.ids(step)] if epoch >= cfg.crop_from else None  # (B, 4)
         images, aspect = batches[step]
         view1, view2 = views(images, cfg, aspect, I)
@@ -337,7 +337,7 @@ def train(cfg):
     return run.finish()
 
 
-# Parts. p here the side of a patch in pixels; K heads, each d = D/K wide; width is the decoder's.
+# Parts. Here p is the side of a patch in pixels, d = D/K the width of a head, width the decoder's.
 
 def ema(average, model, m):
     """average ← m·average + (1 - m)·model, weight by weight, for two networks of the same shape."""
@@ -345,8 +345,8 @@ def ema(average, model, m):
 
 
 class Gather(torch.autograd.Function):
-    """(B, D) → (world·B, D). Backward sums a row's gradients over the processes: all have the same loss of it, and the
-    averaging of DistributedDataParallel divides by their number again."""
+    """(B, D) → (world·B, D). Every process computes the same loss from all rows: backward's sum over the processes is
+    world times the gradient of a row, and DistributedDataParallel's average divides by world."""
     @staticmethod
     def forward(ctx, z):
         rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
@@ -442,9 +442,10 @@ class Block(nn.Module):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
+
 def class_attention(block, x):
-    """How the class token attends to the patches in `block`, which x (B, 1 + N, D) enters: (B, K, N), float32. The
-    products are summed by elements: a matrix product would be bfloat16 under autocast and tie patches' ranks."""
+    """How the class token attends to the patches in `block`, which x (B, 1 + N, D) enters: (B, K, N). The product is
+    summed in float32: as a matrix product it would be bfloat16 under autocast, which ties many patches."""
     qkv = block.attn.qkv(block.norm1(x)).float()  # (B, 1 + N, 3D)
     q, k, _ = qkv.unflatten(2, (3, block.attn.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, 1 + N, d) each, d = D/K
     return ((q[:, :, :1] * k).sum(3) / k.shape[3] ** 0.5).softmax(2)[:, :, 1:]
@@ -465,15 +466,15 @@ class Encoder(nn.Module):
         self.apply(init_weights)
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def forward(self, x, visible=None, inside=False, positions=True):
-        """Images (B, 3, H, W), of which the patches `visible` (B, V) are seen, all N if None → (B, 1 + V, D), class
-        token first; with inside=True also what enters the last block. positions=False: no positions are added."""
-        x = self.patch_embed(x).flatten(2).mT + (self.pos_embed[:, 1:] if positions else 0)  # (B, N, D)
-        x = x if visible is None else take(x, visible)  # (B, V, D)
+    def forward(self, x, ids=None, with_entering=False, add_positions=True):
+        """Images (B, 3, H, W), of which only the patches `ids` (B, V) are encoded, all N if None → (B, 1 + V, D), class
+        token first; with_entering: also what enters the last block."""
+        x = self.patch_embed(x).flatten(2).mT + self.pos_embed[:, 1:] * add_positions  # (B, N, D)
+        x = x if ids is None else take(x, ids)  # (B, V, D)
         x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)  # (B, 1 + V, D)
         for block in self.blocks:
-            before, x = x, block(x)
-        return (self.norm(x), before) if inside else self.norm(x)
+            entering, x = x, block(x)
+        return (self.norm(x), entering) if with_entering else self.norm(x)
 
     def vector(self, z):
         """One vector (B, D) for the tokens (B, 1 + V, D) of an image."""
@@ -489,7 +490,7 @@ class Encoder(nn.Module):
 
     def attention(self, x):
         """How the class token attends to the patches in the last block, (B, 3, H, W) → (B, K, N)."""
-        return class_attention(self.blocks[-1], self(x, inside=True)[1])
+        return class_attention(self.blocks[-1], self(x, with_entering=True)[1])
 
 
 class MlpBlock(nn.Module):
@@ -504,7 +505,7 @@ class MlpBlock(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """§3.5's convolution (3, stride 1, padding 1) of each channel, then across channels; the class token passes by."""
+    """§3.5's convolution (3, stride 1, padding 1) of each channel, then across channels; the class token stays."""
     def __init__(self, dim, grid):
         super().__init__()
         self.grid = grid
@@ -522,12 +523,12 @@ class ConvBlock(nn.Module):
 
 
 def decoder_blocks(cfg):
-    """The decoder's blocks by §3.5: all of one kind, or a transformer's and one of another kind in the middle."""
-    width, own = cfg.decoder_dim, cfg.decoder.removeprefix("hybrid-")
+    """The decoder's blocks by §3.5: all of one kind, or, in a hybrid, a transformer's but for the middle one."""
+    width, depth, kind = cfg.decoder_dim, cfg.decoder_depth, cfg.decoder.removeprefix("hybrid-")
     make = {"transformer": lambda: Block(width, cfg.decoder_heads), "mlp": lambda: MlpBlock(width, 4 * width),
             "conv": lambda: ConvBlock(width, cfg.img // cfg.patch)}
-    middle, all_own = cfg.decoder_depth // 2, own == cfg.decoder
-    return [make[own if all_own or i == middle else "transformer"]() for i in range(cfg.decoder_depth)]
+    hybrid = kind != cfg.decoder
+    return [make["transformer" if hybrid and i != depth // 2 else kind]() for i in range(depth)]
 
 
 class Decoder(nn.Module):
@@ -544,7 +545,7 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, z, visible):
-        cls, tokens = self.embed(z).split([1, visible.shape[1]], 1)  # (B, V, width)
+        cls, tokens = self.embed(z).split([1, visible.shape[1]], 1)  # (B, 1, width), (B, V, width)
         x = self.mask_token.to(tokens.dtype).expand(len(z), self.pos_embed.shape[1] - 1, -1)  # (B, N, width)
         x = x.scatter(1, visible[:, :, None].expand_as(tokens), tokens)  # each token to its place
         x = torch.cat([cls, x], 1) + self.pos_embed  # (B, 1 + N, width)

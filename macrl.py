@@ -1,28 +1,28 @@
 """MACRL: Yuchong Yao, Nandakishor Desai and Marimuthu Palaniswami, "Masked Contrastive Representation Learning",
-arXiv 2211.06012, 2022. Written from its abstract; projector, bank and clean targets from a third party's summary.
-What neither says, all numbers too, is a choice made here.
+arXiv 2211.06012, 2022. Written from its abstract. The projector and the bank are from a third party's summary; all else
+that the abstract does not say, each number too, was chosen for this project, often as MAE or MoCo has it.
 
-Two views of an image go through a siamese network, an encoder and a decoder in both branches. Branch s gets the higher
-mask ratio and the stronger augmentation, branch w the lower and the weaker one. The encoder's features of the two
-branches are contrasted, and both decoders reconstruct, with an L1 loss.
+Two views of an image go through a siamese network: one encoder f, and a decoder in each branch, d_s and d_w. Branch s
+gets the higher mask ratio and the stronger augmentation. A projector g makes queries q from the features of branch s;
+f_ξ and g_ξ, averages of f and g, make keys k from branch w. q and k are contrasted, and both decoders reconstruct.
 
-One training step on B images of N patches, V of them visible, D the width of a token, P the values of a patch; a mean
-is over the tokens of the visible patches, of which branch s has fewer:
-    c_s, c_w = crop(images), crop(images), larger ones for w   # what is to be reconstructed       (B, 3, 32, 32)
-    x_s, x_w = colour(c_s), colour(c_w) with lower chances     # "stronger data augmentation"      (B, 3, 32, 32)
-    z_s = f(x_s), of 25 % of its patches                       # "higher mask ratio"               (B, 1 + V, D)
-    z_w = f(x_w), of 50 % of its patches                       # "weaker data corruptions"         (B, 1 + V, D)
-    q, k = g(mean(z_s)), g_ξ(mean(f_ξ(x_w, of those 50 %)))    # "the encoder in both branches"    (B, 128)
-    L_c = InfoNCE(q, k; other k, bank of 4096 earlier k)       # "contrastive learning objective"  a number
+One training step on B images of N patches, V of them visible, fewer in s than in w; D is the width of a token, P the
+number of values of a patch, and mean is the mean over the tokens of the visible patches:
+    c_s, c_w = flip(crop(images)), least crop larger for w     # "stronger data augmentation"      (B, 3, 32, 32)
+    x_s, x_w = colour(c_s), colour(c_w), less often for w      # the same; all four normalised    (B, 3, 32, 32)
+    z_s = f(x_s), 25 % of its patches visible                  # "higher mask ratio"               (B, 1 + V, D)
+    z_w = f(x_w), 50 % of its patches visible                  # "weaker data corruptions"         (B, 1 + V, D)
+    q, k = g(mean(z_s)), g_ξ(mean(f_ξ(x_w, the same 50 %)))    # "the encoder in both branches"    (B, 128)
+    L_c = InfoNCE(q, k; other k, bank of the last 4096 k)      # "contrastive learning objective"  a number
     y_s, y_w = d_s(z_s), d_w(z_w)                              # "the decoders' outputs"           (B, N, P)
     L_s, L_w = L1(y_s, c_s), L1(y_w, c_w), where masked        # "L_1 reconstruction loss"         two numbers
     step of AdamW on λ_c·L_c + λ_r·(L_s + L_w)/2 for f, g, d_s, d_w
     f_ξ, g_ξ ← m·(f_ξ, g_ξ) + (1 - m)·(f, g)                   # "e.g., Momentum Contrast": one reading
 
-What may change the result, because the abstract does not say it: mask ratios (--mask, --mask-w), strength of the
-augmentations (--crop-min-s, --jitter-s, …), what is reconstructed (--restore, --pixels, --norm-pixels), which features
-are contrasted (--pool), how keys are made (--keys, --momentum), negatives (--bank), weights (--lam-c, --lam-r), sizes.
-
+What may change the result, because the abstract does not say it: mask ratios (--mask, --mask-w), augmentations
+(--crop-min-s, --jitter-s, …), what is reconstructed (--restore, --pixels, --norm-pixels), which features are contrasted
+(--pool), how keys are made (--keys, --momentum), negatives (--bank), weights (--lam-c, --lam-r), sizes; and, without a
+flag, that queries come from s alone and that each branch has its own decoder.
     python macrl.py                                         these defaults, on CIFAR-10, for a GPU
     python macrl.py --keys shared --bank 0                  nearer the abstract: one encoder, no bank
     python macrl.py --tiny --data shapes                    a first look on a laptop; then eval_linear.py, show.py
@@ -55,21 +55,21 @@ class Config:
     lam_c: float = 1.0  # λ_c, weight of the contrast, a choice made here; 0 leaves it out
     lam_r: float = 1.0  # λ_r, weight of the reconstruction, a choice made here; 0 leaves it out
     tau: float = 0.2  # τ, temperature; MoCo v2's
-    bank: int = 4096  # keys of earlier steps as negatives, 0 for none; the summary's, its size chosen here
-    keys: Literal["momentum", "shared"] = "momentum"  # keys by averages of f and g (MoCo's), or by f and g themselves
-    momentum: float = 0.99  # of those averages, rising to 1 by a cosine; MoCo v3's
-    pool: Literal["mean", "cls"] = "mean"  # contrasted: the patches' mean (a choice made here), or class token
-    restore: Literal["clean", "view"] = "clean"  # target: crop before its colours change (after the summary), or view
+    bank: int = 4096  # how many keys of earlier steps are negatives, 0 for none; a choice made here
+    keys: Literal["momentum", "shared"] = "momentum"  # keys by averages of encoder and projector (MoCo's), or by these
+    momentum: float = 0.99  # of the averages, rising to 1 by half a cosine; MoCo v3's
+    pool: Literal["mean", "cls"] = "mean"  # features: mean of the patches (a choice made here), or class token
+    restore: Literal["clean", "view"] = "clean"  # target: crop before its colours change (chosen here), or the view
     pixels: Literal["masked", "all"] = "masked"  # L1 over the masked patches, MAE's, or over all
-    norm_pixels: bool = False  # target: each patch at mean 0, deviation 1 (MAE's); no: chosen here
+    norm_pixels: bool = False  # each target patch at mean 0, deviation 1, as in MAE; off is a choice made here
     crop_min_s: float = 0.2  # smallest crop of branch s, share of the area; MoCo v2's
     crop_min_w: float = 0.5  # smallest crop of branch w; a choice made here
     jitter_s: float = 0.8  # probability of colour jitter in branch s; MoCo v2's
     jitter_w: float = 0.4  # probability of colour jitter in branch w; a choice made here
     gray_s: float = 0.2  # probability of greyscale in branch s; MoCo v2's
     gray_w: float = 0.0  # probability of greyscale in branch w; a choice made here
-    blur_s: float = 0.0  # probability of blur in branch s; none, SimCLR's on CIFAR-10
-    blur_w: float = 0.0  # probability of blur in branch w; none, SimCLR's on CIFAR-10
+    blur_s: float = 0.0  # probability of blur in branch s; 0 as in SimCLR's runs on CIFAR-10
+    blur_w: float = 0.0  # probability of blur in branch w; 0 as in SimCLR's runs on CIFAR-10
     # model
     img: int = 32  # side of the views in pixels: CIFAR-10's
     patch: int = 4  # side of a patch in pixels; a choice made here
@@ -87,7 +87,7 @@ class Config:
     lr: float = 1e-3  # base learning rate, for a batch of 256; a choice made here
     wd: float = 0.05  # weight decay; MAE's
     warmup: float = 40.0  # epochs of linear warm-up; MAE's
-    steps: int = 0  # stop after so many steps, the schedule too; 0 for all of --epochs
+    steps: int = 0  # length of training and schedule in steps; 0: as --epochs says
     # run
     data: str = "cifar10"  # cifar10, cifar100, stl10, tiny-imagenet, shapes, or a folder; the abstract's first set
     images: int = 0  # train on so many images, a fixed choice; 0 for all
@@ -101,7 +101,7 @@ class Config:
     amp: bool = True  # bfloat16 autocast where the device is fast in it
     compile: bool = False  # torch.compile the model
     recompute: bool = False  # compute the encoder's blocks a second time in backward: less memory, more time
-    workers: int = 0  # threads that decode a folder, 0 for one a core
+    workers: int = 0  # threads that decode a folder; 0: one per core
     log_every: int = 20  # steps between rows of metrics.csv
     knn_every: int = 10  # epochs between kNN checks, 0 for none
     tiny: bool = False  # a size for a laptop
@@ -129,10 +129,12 @@ TINY = Config(bank=1024, dim=192, depth=4, heads=3, hidden=384, out_dim=64, deco
 # The paper, in its abstract's words. B images, N patches, V the visible ones, D width of a token, P = 3·p·p values of a
 # patch of p×p pixels, M keys in the bank, out = --out-dim; (world·B) are the images of all processes. The letters are
 # chosen here: s, w branches; f encoder, g projector, f_ξ, g_ξ their averages; d_s, d_w decoders; c crops, x views;
-# z tokens, y reconstructed patches; q queries, of s, k keys, of w; m momentum; τ temperature; L losses, λ weights.
+# z tokens, y reconstructed patches; q queries, made from s; k keys, made from w; m momentum; τ temperature; L losses;
+# λ weights.
 
 def clean_views(images, cfg, aspect=None):
-    """A crop of each image for branch s and one for branch w, flipped or not: c_s and c_w.
+    """The first half of the "stronger data augmentation": c_s, a crop of each image for branch s, and c_w, one for
+    branch w, whose smallest crop is larger. Width over height is 3/4 to 4/3; half of the crops are mirrored.
 
     images (B, 3, S, S), uint8 or 0…1; aspect (B,): their width over height before they were squeezed to squares, 1 if
     None. Returns two of (B, 3, img, img), 0…1.
@@ -141,17 +143,19 @@ def clean_views(images, cfg, aspect=None):
                  for least in (cfg.crop_min_s, cfg.crop_min_w))
 
 
-def corrupt(clean, cfg):
-    """The "stronger data augmentation": changes the colours of both crops of clean_views, more often in branch s.
-    Returns x_s and x_w, normalised, (B, 3, img, img) each."""
+def change_colours(clean, cfg):
+    """The second half of the "stronger data augmentation": changes the colours of both crops of clean_views, more often
+    in branch s. Equally strong in both, as MoCo v3: brightness, contrast, saturation, hue by up to 0.4, 0.4, 0.2, 0.1,
+    blur of 0.1 to 2 pixels. Returns x_s and x_w, normalised, (B, 3, img, img) each."""
     chances = (cfg.jitter_s, cfg.gray_s, cfg.blur_s), (cfg.jitter_w, cfg.gray_w, cfg.blur_w)
     return tuple(normalize(gaussian_blur(random_grayscale(color_jitter(x, p=jitter), gray), blur))
                  for x, (jitter, gray, blur) in zip(clean, chances))
 
 
 def views(images, cfg, aspect=None):
-    """The views of branch s and branch w, normalised (B, 3, img, img); arguments as for clean_views."""
-    return corrupt(clean_views(images, cfg, aspect), cfg)
+    """The views of branch s and branch w, normalised (B, 3, img, img); arguments as for clean_views. `train` calls the
+    two halves itself, because it needs the crops as targets."""
+    return change_colours(clean_views(images, cfg, aspect), cfg)
 
 
 def random_mask(B, N, ratio, device=None):
@@ -190,9 +194,9 @@ class MACRL(nn.Module):
 
     def forward(self, view1, view2, target1=None, target2=None):
         """Normalised views of branch s (view1) and w (view2), and what each is to reconstruct (target1, target2), the
-        views if None: (B, 3, H, W) →
-        {"loss", "contrast": L_c, "reconstruction": the mean of "reconstruction s": L_s and "reconstruction w": L_w},
-        without what a weight of 0 leaves out. Fills the bank."""
+        views if None: (B, 3, H, W) → a dict of numbers: "loss"; "contrast", L_c; "reconstruction s", L_s;
+        "reconstruction w", L_w; "reconstruction", their mean. A loss of weight 0 is left out. Puts the keys into the
+        bank."""
         cfg, L_c, L_r, losses = self.cfg, 0, 0, {}
         mask_s, visible_s = self.draw(view1, cfg.mask)  # "higher mask ratio", (B, N), (B, V)
         mask_w, visible_w = self.draw(view2, cfg.mask_w)  # "weaker data corruptions", (B, N), (B, V)
@@ -223,7 +227,8 @@ class MACRL(nn.Module):
         return mask, visible_first(mask)[:, :self.N - round(ratio * self.N)]
 
     def l1(self, y, target, mask):
-        """The L1 loss of reconstructed patches (B, N, P), targets (B, 3, H, W), mask (B, N), as the flags have it."""
+        """The L1 loss of reconstructed patches (B, N, P) and target images (B, 3, H, W), mask (B, N); --norm-pixels and
+        --pixels decide what is compared."""
         patches = patchify(target, self.cfg.patch)  # (B, N, P)
         patches = normalize_patches(patches) if self.cfg.norm_pixels else patches
         return reconstruction_loss(y, patches, mask if self.cfg.pixels == "masked" else torch.ones_like(mask))
@@ -247,15 +252,15 @@ class MACRL(nn.Module):
 
 
 class Bank(nn.Module):
-    """The keys of earlier steps, (M, width), first in, first out; random unit vectors until the first M have come."""
-    def __init__(self, M, width):
+    """The keys of earlier steps, (M, out), first in, first out; random unit vectors until the first M have come."""
+    def __init__(self, M, out):
         super().__init__()
-        self.register_buffer("keys", F.normalize(torch.randn(M, width), dim=1))
+        self.register_buffer("keys", F.normalize(torch.randn(M, out), dim=1))
         self.register_buffer("pushed", torch.zeros((), dtype=torch.long))  # how many have come
 
     @torch.no_grad()
     def push(self, k):
-        """Puts keys (n, width), of any length, in the place of the n oldest; of more than M the last M stay."""
+        """Writes n keys (n, out), not yet of length 1, over the n oldest. If n is above M, only the last M are kept."""
         M = len(self.keys)
         if M > 0:
             k = F.normalize(k[-M:].float(), dim=1)
@@ -264,10 +269,10 @@ class Bank(nn.Module):
 
 
 def info_nce_loss(q, k, bank, tau):
-    """InfoNCE of q[i] and its positive k[i] against all other k, (B, any width), and the bank (M, the same width);
-    mean over i. With M = 0 the batch alone."""
+    """InfoNCE, a number: the positive of q[i] is k[i], its negatives are the other rows of k and all rows of the bank.
+    q, k (B, out), bank (M, out); M may be 0. The mean over i. In training B is the batch of all processes."""
     with torch.autocast(q.device.type, enabled=False):
-        keys = torch.cat([F.normalize(k.float(), dim=1), F.normalize(bank.float(), dim=1)])  # (B + M, width)
+        keys = torch.cat([F.normalize(k.float(), dim=1), F.normalize(bank.float(), dim=1)])  # (B + M, out)
         logits = F.normalize(q.float(), dim=1) @ keys.mT / tau  # (B, B + M)
         return F.cross_entropy(logits, torch.arange(len(q), device=q.device))
 
@@ -291,7 +296,7 @@ def train(cfg):
     if cfg.recompute:
         recompute(model)
     net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model
-    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # the same random numbers
+    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws as without
     peak = cfg.lr * cfg.batch * here.world / 256  # MAE's rule
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, betas=(0.9, 0.95), fused=True)  # MAE's
 
@@ -301,8 +306,8 @@ def train(cfg):
         seed_step(cfg.seed, step, here.rank)
         images, aspect = batches[step]
         clean = clean_views(images, cfg, aspect)
-        view1, view2 = corrupt(clean, cfg)
-        targets = map(normalize, clean) if cfg.restore == "clean" else ()
+        view1, view2 = change_colours(clean, cfg)
+        targets = [normalize(c) for c in clean] if cfg.restore == "clean" else []
         with autocast(here.device, cfg.amp):
             losses = net(view1, view2, *targets)
         losses["loss"].backward()
@@ -321,7 +326,7 @@ def train(cfg):
     return run.finish()
 
 
-# Parts. K heads, each d = D/K wide, q, k, v theirs; width is the decoder's.
+# Parts. K heads, each d = D/K wide; q, k, v are those of attention, not of the contrast; width is the decoder's.
 
 def ema(average, model, m):
     """average ← m·average + (1 - m)·model, weight by weight, for two networks of the same shape."""
@@ -329,8 +334,8 @@ def ema(average, model, m):
 
 
 class Gather(torch.autograd.Function):
-    """(B, D) → (world·B, D). Backward sums a row's gradients over the processes: all have the same loss of it, and the
-    averaging of DistributedDataParallel divides by their number again."""
+    """(B, D) → (world·B, D). Every process computes the same loss from all rows: backward's sum over the processes is
+    world times the gradient of a row, and DistributedDataParallel's average divides by world."""
     @staticmethod
     def forward(ctx, z):
         rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
@@ -479,7 +484,7 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, z, visible):
-        cls, tokens = self.embed(z).split([1, visible.shape[1]], 1)  # (B, V, width)
+        cls, tokens = self.embed(z).split([1, visible.shape[1]], 1)  # (B, 1, width), (B, V, width)
         x = self.mask_token.to(tokens.dtype).expand(len(z), self.pos_embed.shape[1] - 1, -1)  # (B, N, width)
         x = x.scatter(1, visible[:, :, None].expand_as(tokens), tokens)  # each token to its place
         x = torch.cat([cls, x], 1) + self.pos_embed  # (B, 1 + N, width)

@@ -1,29 +1,30 @@
 """MCLim: Feng Xin and Li Xinwei, "The contrastive learning algorithm based on masked image modeling", Academic Journal
 of Computing & Information Science 7(5), 2024, doi:10.25236/AJCIS.2024.070513.
 
-One branch sees a masked view of an image and reconstructs it; a second branch sees another view whole. One projection T
-serves both tasks: its outputs, rearranged, are the reconstructed pixels, and their mean (a choice made here) is what is
-contrasted. The loss leaves the positive pair out of its denominator (DCL), so that it depends less on large batches.
+One branch sees a view of an image with most patches masked and reconstructs it; a second branch sees another view,
+unmasked. One projection T serves both tasks: its outputs, rearranged, are the reconstructed pixels, and their mean over
+the tokens (a choice made here) is contrasted. The contrastive loss leaves the positive pair out of its denominator
+(DCL), so that it depends less on large batches.
 
 One training step on B images of N patches, D the width of a token, P the number of values of a patch:
     view1, view2 = crop(images), augment_colour(crop(images))     # §2.1      (B, 3, 224, 224)
     mask = 60 % of the patches, drawn at random                   # §2.2      (B, N)
     tokens1 = F1(view1, its masked patches replaced by a vector)  # Eq. 1     (B, N, D)
     Z1 = T1(tokens1)                                              # Eq. 3     (B, N, P)
-    L1 = MSE(PixelShuffle(Z1), normalised view1), where masked    # Eq. 4, 6  a number
+    L1 = MSE(PixelShuffle(Z1), view1 with each patch normalised)  # Eq. 4, 6  a number, of the masked patches
     Z2 = T2(F2(view2)), without gradient                          # Eq. 2, 5  (B, N, P)
     L2 = DCL(Z1.mean(1), Z2.mean(1))                              # Eq. 8, 9  a number, of vectors (B, P)
-    step of AdamW on λ·L1 + L2 for F1, T1 and the vector          # Eq. 10
+    step of AdamW on λ·L1 + L2 for F1, T1 and the vector          # Eq. 10    F1's patch embedding is frozen, §2.3
     F2, T2 ← m·(F2, T2) + (1 - m)·(F1, T1)                        # "twin", read as MoCo v3's momentum average
 
 What may change the result, because the paper does not say it: how branch 2 learns (--target), with which momentum
-(--momentum: 0.99 halves its memory every 69 steps at first, 2 % of an epoch), the base rate (--lr: seven times MAE's),
+(--momentum: at 0.99 the average forgets half of its weights in 69 steps), the base rate (--lr: seven times MAE's),
 the temperature (--tau), what "normalized pixels" are (--norm-pixels), which tokens make z1 (--pool), whether Eq. 6 sums
-or averages over a patch's P pixel values (--lam 768 has the sum), and what accuracy means: probably fine-tuning.
+or averages over a patch's P pixel values (--lam 768 has the ViT's sum), and what accuracy means: probably fine-tuning.
 
     python mclim.py --epochs 100 --batch 16                  the paper's experiment, for a GPU
     python mclim.py --tiny --data shapes                     a first look on a laptop
-    python eval_finetune.py runs/mclim-DATE-TIME             what became of it; then eval_linear.py, show.py
+    python eval_finetune.py runs/mclim-DATE-TIME             accuracy, fine-tuned; then eval_linear.py, show.py
 Measured: --tiny, CIFAR-10 (JPEG), steps 381 to 390 (epoch 1): loss 5.123, reconstruction 0.792, contrast 4.331.
 Every other choice, symbol and misprint, and the paper's tables: papers/mclim.md.
 """
@@ -53,7 +54,7 @@ class Config:
     tau: float = 0.2  # τ, temperature; the paper gives none, MoCo v3's
     contrast: Literal["dcl", "infonce", "none"] = "dcl"  # L₂: Eq. 9, Eq. 7, or no branch 2
     l1: Literal["pre", "rec"] = "pre"  # L₁ over the masked patches or over all, Table 4
-    norm_pixels: bool = True  # "normalized pixels", §2.5: each patch to mean 0, deviation 1; no: ImageNet's channels
+    norm_pixels: bool = True  # "normalized pixels", §2.5: each patch at mean 0, deviation 1; no: view 1 as it is
     pool: Literal["all", "visible"] = "all"  # z1 is the mean over all tokens, or over visible ones alone
     target: Literal["momentum", "shared"] = "momentum"  # branch 2: average of branch 1 (MoCo v3's), or the same weights
     momentum: float = 0.99  # of branch 2's average, rising to 1 by a cosine; MoCo v3's
@@ -71,14 +72,14 @@ class Config:
     heads: int = 12  # heads K of the ViT: ViT-Base's (Swin has 32 channels a head, HiViT 64)
     freeze_patch: bool = True  # the patch embedding keeps its initial weights, §2.3
     head: Literal["linear", "mlp", "vit"] = "mlp"  # projection layer T, Table 3
-    hidden: float = 4.0  # hidden width of T's MLP, in widths of the encoder: a transformer block's
+    hidden: float = 4.0  # hidden width of T's MLP, a multiple of D; 4 as in a transformer block
     # optimisation
     epochs: int = 100  # passes over the data, §3.2
     batch: int = 16  # images per step and per process, §3.2
     lr: float = 1e-3  # base learning rate, for a batch of 256; the paper gives none
     wd: float = 0.05  # weight decay; MAE's
     warmup: float = 10.0  # epochs of linear warm-up; SimMIM's
-    steps: int = 0  # stop after so many steps, the schedule too; 0 for all of --epochs
+    steps: int = 0  # length of training and schedule in steps; 0: as --epochs says
     # run
     data: str = "cifar10"  # cifar10, cifar100, stl10, tiny-imagenet, shapes, or a folder; §3.1
     images: int = 0  # train on so many images, a fixed choice; 0 for all
@@ -92,14 +93,14 @@ class Config:
     amp: bool = True  # bfloat16 autocast where the device is fast in it
     compile: bool = False  # torch.compile the model
     recompute: bool = False  # compute the encoder's blocks a second time in backward: less memory, more time
-    workers: int = 0  # threads that decode a folder, 0 for one a core
+    workers: int = 0  # threads that decode a folder; 0: one per core
     log_every: int = 20  # steps between rows of metrics.csv
     knn_every: int = 10  # epochs between kNN checks, 0 for none
     tiny: bool = False  # a size for a laptop
 
     def __post_init__(self):
         check_config(self)
-        block = self.patch if self.backbone == "vit" else 2 * self.patch
+        block = self.patch if self.backbone == "vit" else 2 * self.patch  # side of a mask block, §3.2
         check(self.img % block == 0, "--img", self.img, f"must be a multiple of the mask block, {block}")
         check_least(self, 0, "lam")
         blocks = (self.img // block) ** 2
@@ -145,21 +146,23 @@ def random_mask(B, N, ratio, device=None):
 
 
 def repeat_blocks(mask, grid):
-    """The mask of blocks, (B, N_b), repeated for the grid×grid patches inside them: (B, grid·grid). §2.2"""
+    """The mask of blocks (B, N_b) as a mask of the image's grid×grid patches (B, grid·grid): each as its block. §2.2"""
     side = math.isqrt(mask.shape[1])
     mask = mask.unflatten(1, (side, side))
     return mask.repeat_interleave(grid // side, 1).repeat_interleave(grid // side, 2).flatten(1)
 
 
 class MCLim(nn.Module):
-    """Both branches, §2 and Figure 1: `encoder` and `T1` are trained, `F2` and `T2` are branch 2's."""
+    """Both branches, §2 and Figure 1: `encoder` (but for its patch embedding), `T1` and `mask_token` are trained, `F2`
+    and `T2` are branch 2's."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
         self.encoder = (Encoder(cfg) if cfg.backbone == "vit" else  # F₁ of the paper, the part that is kept
                         SwinEncoder(cfg) if cfg.backbone == "swin" else HiViTEncoder(cfg))
         self.encoder.patch_embed.requires_grad_(not cfg.freeze_patch)  # §2.3
-        self.N_b = (cfg.img // (cfg.patch if cfg.backbone == "vit" else 2 * cfg.patch)) ** 2  # blocks of the mask
+        block = cfg.patch if cfg.backbone == "vit" else 2 * cfg.patch  # side of a mask block, §3.2
+        self.N_b = (cfg.img // block) ** 2
         self.mask_token = nn.Parameter(torch.zeros(self.encoder.embed_dim), requires_grad=cfg.mask > 0)  # p^u
         nn.init.normal_(self.mask_token, std=0.02)  # MAE's
         D, P = self.encoder.dim, 3 * self.encoder.stride ** 2
@@ -184,15 +187,15 @@ class MCLim(nn.Module):
         tokens1 = self.encoder(view1, block_mask, self.mask_token)  # Eq. 1, (B, N, D)
         Z1 = self.T1(tokens1)  # Eq. 3, (B, N, P)
         if cfg.lam > 0:
-            y = unpatchify(Z1, s)  # Eq. 4, PixelShuffle, (B, 3, H, W)
+            y = unpatchify(Z1, s)  # Eq. 4, PixelShuffle, (B, 3, H, W); Eq. 6 cuts it into patches again
             x = patchify(view1, s)  # (B, N, P)
             x = normalize_patches(x) if cfg.norm_pixels else x  # §2.5
             counted = patch_mask if cfg.l1 == "pre" else torch.ones_like(patch_mask)  # Table 4, (B, N)
-            losses["reconstruction"] = L1 = reconstruction_loss(patchify(y, s), x, counted)  # Eq. 6: of y's patches
+            losses["reconstruction"] = L1 = reconstruction_loss(patchify(y, s), x, counted)  # Eq. 6
         if cfg.contrast != "none":
-            tokens2 = self.F2(view2)  # Eq. 2, (B, N, D)
+            tokens2 = self.F2(view2)  # Eq. 2, (B, N, D); no gradient: F2 is frozen (--target shared: a gradient)
             Z2 = self.T2(tokens2)  # Eq. 5, (B, N, P)
-            z1 = masked_mean(Z1, ~patch_mask) if cfg.pool == "visible" else Z1.float().mean(1)  # (B, P)
+            z1 = mean_where(Z1, ~patch_mask) if cfg.pool == "visible" else Z1.float().mean(1)  # (B, P)
             z1, z2 = gather(z1), gather(Z2.float().mean(1))  # (world·B, P)
             loss = dcl_loss if cfg.contrast == "dcl" else info_nce_loss  # Eq. 9 or Eq. 7
             losses["contrast"] = L2 = loss(z1, z2, cfg.tau)
@@ -208,10 +211,10 @@ class MCLim(nn.Module):
         s = self.encoder.stride
         block_mask = random_mask(len(x), self.N_b, self.cfg.mask, x.device)  # (B, N_b)
         patch_mask = repeat_blocks(block_mask, x.shape[2] // s)[:, :, None]  # (B, N, 1)
-        y = self.T1(self.encoder(x, block_mask, self.mask_token)).float()  # (B, N, P)
+        pred = self.T1(self.encoder(x, block_mask, self.mask_token)).float()  # Z1, (B, N, P)
         patches = patchify(x, s)  # (B, N, P)
-        y = denormalize_patches(y, patches) if self.cfg.norm_pixels else y
-        shown = torch.where(patch_mask, y, patches) if self.cfg.l1 == "pre" else y
+        pred = denormalize_patches(pred, patches) if self.cfg.norm_pixels else pred
+        shown = torch.where(patch_mask, pred, patches) if self.cfg.l1 == "pre" else pred
         return unpatchify(patches.masked_fill(patch_mask, 0), s), unpatchify(shown, s)
 
 
@@ -234,7 +237,8 @@ def info_nce_loss(z1, z2, tau):
 
 
 def dcl_loss(z1, z2, tau):
-    """Decoupled contrastive loss, with z1[i] and z2[i] as in info_nce_loss, mean over both views. Eq. 9, U of Eq. 8"""
+    """Decoupled contrastive loss of the pairs z1[i], z2[i], (B, any width) of all processes, mean over both views.
+    Eq. 9, U of Eq. 8"""
     with torch.autocast(z1.device.type, enabled=False):
         B = len(z1)
         z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # (2B, width)
@@ -258,7 +262,7 @@ def train(cfg):
     if cfg.recompute:
         recompute(model)
     net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model
-    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # the same random numbers
+    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws as without
     peak = cfg.lr * cfg.batch * here.world / 256  # §3.2
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, fused=True)  # §3.2
 
@@ -294,8 +298,8 @@ def ema(average, model, m):
 
 
 class Gather(torch.autograd.Function):
-    """(B, D) → (world·B, D). Backward sums a row's gradients over the processes: all have the same loss of it, and the
-    averaging of DistributedDataParallel divides by their number again."""
+    """(B, D) → (world·B, D). Every process computes the same loss from all rows: backward's sum over the processes is
+    world times the gradient of a row, and DistributedDataParallel's average divides by world."""
     @staticmethod
     def forward(ctx, z):
         rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
@@ -314,9 +318,9 @@ def gather(z):
     return Gather.apply(z) if dist.is_initialized() else z
 
 
-def masked_mean(x, mask):
-    """Mean of the tokens (B, N, D) where mask (B, N) is 1: float32 (B, D)."""
-    return (x.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+def mean_where(x, chosen):
+    """Mean of the tokens (B, N, D) where chosen (B, N) is 1: float32 (B, D)."""
+    return (x.float() * chosen[:, :, None]).sum(1) / chosen.sum(1, keepdim=True)
 
 
 def patchify(x, p):
@@ -399,6 +403,7 @@ class Block(nn.Module):
 
 # The three encoders of Table 1 look alike from outside. What MCLim reads of them: `stride`, the side in pixels of what
 # a token stands for; `dim`, a token's width; `embed_dim`, its width where it is masked; `patch_embed`, what is frozen.
+# `grid` is the number of places along a side where mask_token may stand.
 
 class Encoder(nn.Module):
     """The ViT without class token; its state dict loads into timm's ViT of the same size (class_token=False,
@@ -413,10 +418,10 @@ class Encoder(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x, mask=None, mask_token=None):
-        """Images (B, 3, H, W) → tokens (B, N, D); where mask (B, N_b) is 1, mask_token (D) replaces patches."""
+        """Images (B, 3, H, W) → tokens (B, N, D); where mask (B, N) is 1, mask_token (D) replaces patches."""
         x = self.patch_embed(x).flatten(2).mT  # (B, N, D)
         if mask is not None:
-            x = torch.where(repeat_blocks(mask, self.grid)[:, :, None], mask_token.to(x.dtype), x)  # §2.2
+            x = torch.where(mask[:, :, None], mask_token.to(x.dtype), x)  # §2.2
         x = x + self.pos_embed
         for block in self.blocks:
             x = block(x)
@@ -427,7 +432,7 @@ class Encoder(nn.Module):
         return self(x)
 
     def features(self, x):
-        """Their mean, (B, 3, H, W) → (B, D)."""
+        """The mean of the tokens of whole images, (B, 3, H, W) → (B, D)."""
         return self(x).float().mean(1)
 
 
@@ -442,7 +447,7 @@ class SwinEncoder(nn.Module):
         self.stride, self.dim, self.embed_dim, self.grid = 2 * cfg.patch, 8 * width, width, 4 * cfg.img // cfg.patch
         self.patch_embed, _, self.patch_norm = swin.features[0]  # between them the channels move to the end
         self.stages, self.norm = swin.features[1:], swin.norm
-        self.patch_embed.apply(init_weights)
+        self.patch_embed.apply(init_weights)  # all other weights begin as torchvision's
 
     def forward(self, x, mask=None, mask_token=None):
         """Images (B, 3, H, W) → tokens (B, N, D); where mask (B, N_b) is 1, mask_token (C) replaces small patches."""
@@ -457,7 +462,7 @@ class SwinEncoder(nn.Module):
         return self(x)
 
     def features(self, x):
-        """Their mean, (B, 3, H, W) → (B, D)."""
+        """The mean of the tokens of whole images, (B, 3, H, W) → (B, D)."""
         return self(x).float().mean(1)
 
 
@@ -523,7 +528,7 @@ class HiViTEncoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         dim, grid = 2 * cfg.dim // 3, cfg.img // cfg.patch
-        self.stride, self.dim, self.embed_dim, self.grid = cfg.patch, dim, dim // 4, 4 * grid  # where it is masked
+        self.stride, self.dim, self.embed_dim, self.grid = cfg.patch, dim, dim // 4, 4 * grid
         self.patch_embed = nn.Conv2d(3, dim // 4, cfg.patch // 4, cfg.patch // 4)
         self.patch_norm = nn.LayerNorm(dim // 4, eps=1e-6)
         stage1, stage2 = ([MlpBlock(w, 3 * w) for _ in range(4)] for w in (dim // 4, dim // 2))  # two MLPs a block
@@ -550,7 +555,7 @@ class HiViTEncoder(nn.Module):
         return self(x)
 
     def features(self, x):
-        """Their mean, (B, 3, H, W) → (B, D)."""
+        """The mean of the tokens of whole images, (B, 3, H, W) → (B, D)."""
         return self(x).float().mean(1)
 
 

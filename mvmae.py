@@ -1,33 +1,33 @@
 """Multi-View MAE: Seungbin Ji, Sangkwon Han and Jongtae Rhee, "Multi-View Masked Autoencoder for General Image
 Representation", Applied Sciences 13(22), 12413, 2023, doi:10.3390/app132212413.
 
-80 % of the patches of two crops are masked and reconstructed by one masked autoencoder. The latents of what is visible
-are contrasted: those of one image attract, those of different images repel each other. Masking is the strong
-augmentation that the contrast needs, so the views are cropped and flipped, and nothing else.
+Two crops of each image are taken, 80 % of the patches of each are masked, and one autoencoder reconstructs both crops.
+The latents of the visible patches are contrasted: the two of one image attract, those of different images repel each
+other. Masking is the strong augmentation that the contrast needs; apart from it, views are only cropped and flipped.
 
-One training step on B images of N patches, V of them visible, D the width of a token, P the values of a patch:
+One training step on B images (the paper's N) of N patches, V visible, D the width of a token, P the values in a patch:
     view1, view2 = two normalised, flipped crops of each   # §3.1.1    (B, 3, 224, 224)
     mask = 80 % of the patches of each view, at random     # §3.1.2    (2·B, N)
     visible = the patches that are not masked              # Eq. 1     (2·B, V)
     z = f(visible patches + positions)                     # Eq. 2     (2·B, 1 + V, D), class token first
-    y = g(z, mask tokens elsewhere, + positions)           # §3.1.4    (2·B, N, P)
+    y = g(z and mask tokens, + positions)                  # §3.1.4    (2·B, N, P)
     L_r = MSE(y, views), masked patches only               # Eq. 3     a number
     z1, z2 = mean of the patches' tokens in z              # see --pool (B, D)
     L_c = NT-Xent(z1, z2)                                  # Eq. 4–6   a number
     step of AdamW on L_r + λ·L_c for f, g                  # Eq. 7
 
 What may change the result, because the paper does not say it, and its flag:
-    --pool      which vector of a latent is contrasted; there is no projection head, for none is named
-    --norm-pixels, --pixels      what Eq. 3 compares, and where; as the printed sum: --pixels all --lam 1.3e-5
-    --tau       0.07 is said to be SimCLR's and is MoCo's; --crop-min, --kernel: how crops are made
-    --mask, --lam, --decoder-depth      which of them stand behind a number of Tables 5 and 6
+    --pool      which vector of a latent is contrasted; no projection head, because the paper names none
+    --norm-pixels, --pixels      the target of Eq. 3, and which patches count; --pixels all --lam 1.3e-5: as printed
+    --tau       0.07 is called SimCLR's default, but it is MoCo's; --crop-min, --kernel: how crops are made
+    --mask, --lam, --decoder-depth      with which of these the rows of Tables 5 and 6 were made
 
-    python mvmae.py --data PATH                              the paper's ImageNet-1K in PATH, for GPUs
+    python mvmae.py --data PATH                              the paper's run, ImageNet-1K in PATH, on one GPU
     python mvmae.py --tiny --data shapes                     a first look on a laptop
-    python eval_finetune.py runs/mvmae-DATE-TIME             what became of it; then eval_linear.py, show.py
+    python eval_finetune.py runs/mvmae-DATE-TIME             accuracy, fine-tuned; then eval_linear.py, show.py
 
 Measured: --tiny, CIFAR-10 (JPEG), steps 381 to 390 (epoch 1): loss 3.172, reconstruction 0.595, contrast 1.289.
-MAE by flags, every other choice, symbol and misprint, and the paper's tables: papers/mvmae.md.
+The flags that give MAE, every other choice, symbol and misprint, and the paper's tables: papers/mvmae.md.
 """
 import math, sys
 from collections import OrderedDict
@@ -52,10 +52,10 @@ class Config:
     mask: float = 0.8  # share of the patches that is masked, Table 5
     lam: float = 2.0  # λ, weight of the contrast, Table 5; 0 leaves it out
     tau: float = 0.07  # τ, temperature, §3.2.2
-    targets: Literal["two", "same", "one"] = "two"  # target views: two, one masked twice (Table 6), one (MAE)
+    targets: Literal["two", "same", "one"] = "two"  # two crops; one crop masked twice, Table 6; one view, MAE
     pool: Literal["mean", "cls"] = "mean"  # the vector of Eq. 4: the patches' mean (a choice made here), or class token
     pixels: Literal["masked", "all"] = "masked"  # Eq. 3 over the masked patches (MAE's), or over all
-    norm_pixels: bool = False  # Eq. 3 of patches at mean 0, deviation 1 (MAE's better row); no: as views are
+    norm_pixels: bool = False  # target of Eq. 3: patches at mean 0, deviation 1 (better in MAE's paper); no: as is
     crop_min: float = 0.2  # smallest crop, share of the area; MAE's
     kernel: Literal["linear", "bicubic"] = "linear"  # how crops are resized; a choice made here, MAE's is bicubic
     # model
@@ -69,11 +69,11 @@ class Config:
     decoder_heads: int = 16  # heads of the decoder; MAE's
     # optimisation
     epochs: int = 1600  # passes over the data, §4.1.1
-    batch: int = 256  # images per step and per process; §4.1.1: in all
+    batch: int = 256  # images per step and per process; §4.1.1: 256 in all
     lr: float = 1.5e-4  # base learning rate, for a batch of 256, §4.1.1
     wd: float = 0.05  # weight decay; MAE's
     warmup: float = 40.0  # epochs of linear warm-up, §4.1.1
-    steps: int = 0  # stop after so many steps, the schedule too; 0 for all of --epochs
+    steps: int = 0  # length of training and schedule in steps; 0: as --epochs says
     # run
     data: str = "cifar10"  # cifar10, cifar100, stl10, tiny-imagenet, shapes, or a folder; §4.1 has ImageNet-1K
     images: int = 0  # train on so many images, a fixed choice; 0 for all
@@ -87,7 +87,7 @@ class Config:
     amp: bool = True  # bfloat16 autocast where the device is fast in it
     compile: bool = False  # torch.compile the model
     recompute: bool = False  # compute the encoder's blocks a second time in backward: less memory, more time
-    workers: int = 0  # threads that decode a folder, 0 for one a core
+    workers: int = 0  # threads that decode a folder; 0: one per core
     log_every: int = 20  # steps between rows of metrics.csv
     knn_every: int = 10  # epochs between kNN checks, 0 for none
     tiny: bool = False  # a size for a laptop
@@ -106,12 +106,14 @@ TINY = Config(img=32, patch=4, dim=192, depth=4, heads=3, decoder_depth=2, decod
               batch=128, lr=1e-3, warmup=1.0, knn_every=1, tiny=True)
 
 
-# The paper, §3. B images (the paper's N), N patches, V of them visible, D width of a token, P = 3·p·p values of the p×p
-# pixels of a patch. `forward` handles views·B rows, all first views, then all second ones: one view an image with
-# --targets one, else two; elsewhere B is any number of rows. (world·B) are the images of all processes.
+# The paper, §3. B: images (the paper's N). N: patches of an image. V: visible ones. D: width of a token. P = 3·p·p:
+# values of a patch of p×p pixels. H = W = img: side of a view. S: side of a stored image. views·B: the rows of a tensor
+# with all first views, then all second ones; views is 1 with --targets one, else 2. In the small functions B is any
+# number of rows. world·B: the images of all processes.
 
 def views(images, cfg, aspect=None):
-    """Target views of each image: crops, resized, and half of them flipped, nothing else. §3.1.1, Figure 5
+    """Target views of each image: crops, 3/4 to 4/3 times as wide as high, resized; half of them flipped. §3.1.1,
+    Figure 5
 
     images (B, 3, S, S), uint8 or 0…1; aspect (B,): their width over height before they were squeezed to squares, 1 if
     None. Returns view1 and view2, normalised, (B, 3, img, img): the same one twice unless --targets is two.
@@ -200,7 +202,7 @@ def nt_xent_loss(z1, z2, tau):
     """NT-Xent of the pairs z1[i], z2[i] (B, any width), mean over all 2B ordered pairs. Eq. 4 to 6"""
     with torch.autocast(z1.device.type, enabled=False):
         z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # (2B, width)
-        logits = z @ z.mT / tau  # Eq. 5, over τ, (2B, 2B)
+        logits = z @ z.mT / tau  # Eq. 5, divided by τ, (2B, 2B)
         itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
         logits = logits.masked_fill(itself, -torch.inf)  # Eq. 4, k ≠ i
         partner = torch.arange(len(z), device=z.device).roll(len(z1))  # j of i: i + B or i - B, (2B)
@@ -220,8 +222,8 @@ def train(cfg):
     if cfg.recompute:
         recompute(model)
     net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model
-    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # the same random numbers
-    peak = cfg.lr * cfg.batch * here.world / 256  # MAE's rule
+    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws as without
+    peak = cfg.lr * cfg.batch * here.world / 256  # MAE's rule: base rate · images of a step / 256
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, betas=(0.9, 0.95), fused=True)  # §4.1.1
 
     run = Run("mvmae", cfg, here, len(batches))
@@ -247,8 +249,8 @@ def train(cfg):
 # Parts. K heads, each d = D/K wide; width: the decoder's D.
 
 class Gather(torch.autograd.Function):
-    """(B, D) → (world·B, D). Backward sums a row's gradients over the processes: all have the same loss of it, and the
-    averaging of DistributedDataParallel divides by their number again."""
+    """(B, D) → (world·B, D). Every process computes the same loss from all rows: backward's sum over the processes is
+    world times the gradient of a row, and DistributedDataParallel's average divides by world."""
     @staticmethod
     def forward(ctx, z):
         rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
@@ -397,7 +399,7 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, z, visible):
-        cls, tokens = self.embed(z).split([1, visible.shape[1]], 1)  # (B, V, width)
+        cls, tokens = self.embed(z).split([1, visible.shape[1]], 1)  # (B, 1, width), (B, V, width)
         x = self.mask_token.to(tokens.dtype).expand(len(z), self.pos_embed.shape[1] - 1, -1)  # (B, N, width)
         x = x.scatter(1, visible[:, :, None].expand_as(tokens), tokens)  # each token to its place
         x = torch.cat([cls, x], 1) + self.pos_embed  # (B, 1 + N, width)

@@ -78,7 +78,7 @@ def branch_panel(model, x):
     """MACRL's branches on crops of the images: what goes in, what of it is seen, what is restored, and the target."""
     macrl, rows = sys.modules[type(model).__module__], {}
     clean = macrl.clean_views(denormalize(x), model.cfg)
-    for branch, target, view in zip("sw", clean, macrl.corrupt(clean, model.cfg)):
+    for branch, target, view in zip("sw", clean, macrl.change_colours(clean, model.cfg)):
         target = normalize(target) if model.cfg.restore == "clean" else view
         masked, prediction = model.reconstruct(view, branch, target)
         rows |= {f"branch {branch}:\nview": view, f"branch {branch}:\nmasked": masked,

@@ -535,7 +535,7 @@ def test_attention_of_cmae_is_the_class_tokens_in_float32():
     block = encoder.blocks[-1]
     block.norm1.register_forward_hook(lambda norm, args, tokens: entered.append(tokens))
     maps = encoder.attention(x)
-    assert torch.equal(encoder(x), encoder(x, inside=True)[0])
+    assert torch.equal(encoder(x), encoder(x, with_entering=True)[0])
     q, k = block.attn.qkv(entered[-1]).unflatten(2, (3, 3, 16)).unbind(2)[:2]              # (B, 1 + N, K, d)
     for head in range(3):
         full = torch.softmax(q[:, :, head] @ k[:, :, head].mT / 4, 2)                      # (B, 1 + N, 1 + N)
@@ -640,8 +640,10 @@ def test_content_does_not_tell_where_it_lies():
     mixed = patches.clone()
     mixed[:, visible[0]] = patches[:, visible[0, order]]
     for positions in (False, True):
-        one, other = (encoder(image, visible, positions=positions) for image in (x, cmae.unpatchify(mixed, 4)))
+        one, other = (encoder(image, visible, add_positions=positions) for image in (x, cmae.unpatchify(mixed, 4)))
         assert torch.allclose(one[:, 1:][:, order], other[:, 1:], atol=1e-5) != positions
+        with torch.autocast("cpu", torch.bfloat16):  # tokens add up in float32, with positions or without
+            assert encoder(x, visible, with_entering=True, add_positions=positions)[1].dtype == torch.float32
 
 
 def test_the_location_head_begins_at_zero_and_learns():
@@ -838,11 +840,11 @@ def test_heads_are_drawn_by_p_and_by_seed_and_epoch():
 def test_attention_of_the_contrastive_pass_is_attention_in_full(autocast):
     model, x = build(SMALL["camae"]), normal(2, 3, 16, 16)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        tokens, before = model.encoder(x, inside=True)
+        tokens, entering = model.encoder(x, with_entering=True)
         block = model.encoder.blocks[-1]
-        assert torch.equal(tokens, model.encoder(x)) and torch.equal(tokens, model.encoder.norm(block(before)))
-        q, k = block.attn.qkv(block.norm1(before)).unflatten(2, (3, 3, 16)).float().unbind(2)[:2]  # (B, 1 + N, K, D/K)
-        attention = camae.class_attention(block, before)
+        assert torch.equal(tokens, model.encoder(x)) and torch.equal(tokens, model.encoder.norm(block(entering)))
+        q, k = block.attn.qkv(block.norm1(entering)).unflatten(2, (3, 3, 16)).float().unbind(2)[:2]  # (B, 1 + N, K, D/K)
+        attention = camae.class_attention(block, entering)
         assert attention.dtype == torch.float32 and torch.equal(attention, model.encoder.attention(x))
     for head in range(3):
         full = torch.softmax(q[:, :, head] @ k[:, :, head].transpose(1, 2) / 4, 2)         # (B, 1 + N, 1 + N)
@@ -1106,7 +1108,7 @@ def test_contrast_reaches_the_encoder_through_keys_only_if_they_are_shared(keys)
     assert (view2.grad is not None and view2.grad.abs().sum() > 0) == (keys == "shared")
 
 
-def test_branch_s_is_corrupted_more_and_the_targets_are_not():
+def test_branch_s_changes_its_colours_more_and_the_targets_are_not():
     torch.manual_seed(0)
     x, cfg = (255 * torch.rand(400, 3, 16, 16)).byte(), SMALL["macrl"]
     clean = macrl.clean_views(x, cfg)
@@ -1114,14 +1116,14 @@ def test_branch_s_is_corrupted_more_and_the_targets_are_not():
     def changed(cfg):
         """The share of either branch's images that are not as they were."""
         return [((view - common.normalize(crop)).abs().amax((1, 2, 3)) > 1e-4).double().mean().item()
-                for view, crop in zip(macrl.corrupt(clean, cfg), clean)]
+                for view, crop in zip(macrl.change_colours(clean, cfg), clean)]
 
     assert changed(cfg) == pytest.approx([1 - 0.2 * 0.8, 0.4], abs=0.08)                   # jitter or grey; jitter
     none = dict.fromkeys(["jitter_s", "jitter_w", "gray_s", "gray_w", "blur_s", "blur_w"], 0.0)
     for name in none:
         share = changed(replace(cfg, **{**none, name: 0.6}))
         assert share == pytest.approx([0.6, 0] if name.endswith("s") else [0, 0.6], abs=0.08), name
-    grey = macrl.corrupt(clean, replace(cfg, **{**none, "gray_s": 1.0}))[0]
+    grey = macrl.change_colours(clean, replace(cfg, **{**none, "gray_s": 1.0}))[0]
     assert torch.allclose(grey, common.normalize(images.grayscale(clean[0]).expand(-1, 3, -1, -1)), atol=1e-5)
     whole = torch.rand(400, 3, 64, 64)
     for least in ((0.2, 0.9), (0.9, 0.2)):  # the larger a crop, the more is noise averaged out
@@ -1223,7 +1225,7 @@ def test_a_step_waits_for_nothing_and_stays_on_its_device(cfg, monkeypatch):
 
 # What the files and their pages promise
 
-VIEWS = {"views", "contrastive_crop", "clean_views", "corrupt", "Boxes"}  # these use common's crops and colours
+VIEWS = {"views", "contrastive_crop", "clean_views", "change_colours", "Boxes"}  # these use common's crops and colours
 
 
 def definitions(method):

@@ -1,6 +1,6 @@
 """What no paper is about: command line, processes, schedule, data, log.
 
-Images stand in images.py, weights and what they are worth in weights.py; a method file takes all from here.
+Images are in images.py; checkpoints, kNN and effective rank in weights.py. A method file imports all of it from here.
 """
 import argparse, csv, dataclasses, datetime, gc, inspect, json, math, os, pathlib, re, shlex, shutil, signal, subprocess
 import sys, time, typing
@@ -18,7 +18,7 @@ from weights import (autocast, check_features, effective_rank, extract_features,
                      save_checkpoint, save_file, timm_call)
 
 RESUMABLE = {  # these may change when a run is resumed
-    "resume", "run", "tiny", "root", "device", "compile", "workers", "knn_every", "log_every", "test_every"}
+    "resume", "tiny", "root", "device", "compile", "recompute", "workers", "knn_every", "log_every", "test_every"}
 
 
 # Command line
@@ -61,7 +61,7 @@ def command_line(method, Config, TINY, argv=None):
     run = pathlib.Path(typed["resume"])
     saved = read_facts(run, method, Config)["config"]
     for name, value in typed.items():
-        check(name in RESUMABLE or value == saved[name], f"--{name.replace('_', '-')}", value,
+        check(name in RESUMABLE or value == saved[name], {"run": "RUN"}.get(name, f"--{name.replace('_', '-')}"), value,
               f"{run} was started with {saved[name]!r}, and a resumed run keeps what shapes its result")
     return Config(**{**saved, **typed, "out": str(run)})
 
@@ -82,23 +82,24 @@ def read_facts(run, method, Config):
 
 def launch(method, Config, TINY, train, argv=None):
     """Runs a method's command line. Returns the exit status of `answer`."""
-    return answer(f"{method}.py", lambda: train(command_line(method, Config, TINY, argv)))
+    smaller = "lower --batch" + ", --img, --dim or --depth, or add --recompute" * hasattr(Config, "recompute")
+    return answer(f"{method}.py", lambda: train(command_line(method, Config, TINY, argv)), smaller)
 
 
-def answer(program, job):
-    """Runs job(). Returns the exit status: 2, one line on standard error says what the user can mend; 1, the loss blew
-    up; 130, ^C."""
+def answer(program, job, smaller="lower --batch"):
+    """Runs job(). Returns the exit status: 2, one line on standard error says what to mend (`smaller`: where a GPU's
+    memory is full); 1, the loss blew up; 130, ^C."""
     try:
         job()
         return 0
     except (UserError, OSError) as error:
         line, status = str(error), 2
     except torch.OutOfMemoryError:
-        line, status = "out of GPU memory: lower --batch, --img, --dim or --depth, or add --recompute", 2
+        line, status = f"out of GPU memory: {smaller}", 2
     except FloatingPointError as error:
         line, status = str(error), 1
     except KeyboardInterrupt:
-        line, status = "stopped before anything was saved", 130
+        line, status = "stopped; what was saved before, if anything, is still there", 130
     finally:
         if dist.is_initialized():
             gc.collect()  # the model goes first: its averaging still holds the group
@@ -218,9 +219,9 @@ def load_data(cfg):
 # The run on disk
 
 def git_commit():
-    """The commit of these files, "" outside a repository."""
-    ask = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "--verify", "HEAD"]
-    return subprocess.run(ask, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    """The commit of these files, with "-dirty" behind it if they were changed since; "" outside a repository."""
+    here, ask = pathlib.Path(__file__).parent, "git describe --always --dirty --abbrev=40 --exclude=*".split()
+    return subprocess.run(ask, cwd=here, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
 
 
 class Run:
@@ -236,7 +237,7 @@ class Run:
         self.rows, self.sums, self.asked, self.leaving, self.stopped, self.live = [], {}, math.inf, False, False, False
         self.signal = self.begun = self.logged = self.drawn = self.warned = 0
         if here.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=bool(cfg.out))
             held = {f.name for f in self.folder.iterdir()} - {"config.part"}
             check(cfg.resume or not held, "--out", self.folder, "must be new or empty; --resume goes on with a run")
             for left in self.folder.glob("*.part"):  # by a crash
@@ -246,7 +247,7 @@ class Run:
         self.began = self.clock = self.shown = time.time()
 
     def stop(self, sign, frame):
-        """Notes a signal for `log`. One more a second later ends the program at once; torchrun sends each twice."""
+        """Notes a signal for `log`. Another one, a second later, ends the program; torchrun sends each twice."""
         if time.time() > self.asked + 1:
             signal.signal(sign, signal.SIG_DFL)
             signal.raise_signal(sign)
@@ -317,9 +318,8 @@ class Run:
 
     def log(self, step, losses, lr):
         """Sums a step's terms; writes and shows their means every --log-every steps of an epoch, at its end, and after
-        a signal. Shows them after the first step and every ten seconds, too.
-
-        The one place where the loop waits for the device. Raises FloatingPointError when a term is not finite.
+        a signal. Shows them after the first step and every ten seconds, too. Within an epoch the loop waits for the
+        device only here. Raises FloatingPointError when a term is not finite.
         """
         for name, value in losses.items():
             total, n = self.sums.get(name, (0.0, 0))
@@ -356,7 +356,7 @@ class Run:
         """At an epoch's or the training's end or after a signal: encoder.pt, check_features and pictures if due, then
         the checkpoint.
 
-        train, test: load_images' triples; None: no test images, or neither. parts: what else the checkpoint holds.
+        train, test: load_images' triples; test None: no test images; both None: fine-tuning. parts: what else is saved.
         Pictures are drawn at most once a minute, and at the end. Raises FloatingPointError if a weight is not finite.
         """
         epoch, rest = divmod(step, self.per_epoch)

@@ -11,12 +11,12 @@ The budget is compute, so that the table is the same on a fast and on a slow mac
 on the forward and backward passes of its training, as eval_speed.gflop_per_image counts them. Each row takes as many
 steps as that pays for, and its schedule follows. With --equal epochs every row trains for --epochs instead.
 
-Each run is an ordinary run folder in --out, trained, then evaluated by eval_linear.py, on the same --images. Stopped or
-killed, the same command goes on where it was and repeats nothing that is finished; more seeds or rows may be added. It
-leaves table.txt, .csv, .png: means, deviations over seeds, and p against the --baseline row, by Student's t, two-sided,
-with the variance pooled over all rows. A star marks p < 0.01; among many rows and scores chance reaches it at times.
+Each run is an ordinary run folder in --out, trained, then evaluated by eval_linear.py on the same --images. Stopped or
+killed, the same command continues and repeats nothing; seeds and rows may be added. Start it once at a time for one
+--out. table.txt, .csv and .png have means, deviations over seeds, and p against the --baseline row by Student's t,
+two-sided, the variance pooled over all rows. A star marks p < 0.01; among many rows and scores chance reaches it too.
 """
-import csv, dataclasses, datetime, gc, importlib, json, math, os, pathlib, re, shutil, statistics, sys, time, typing
+import csv, dataclasses, datetime, gc, importlib, json, math, os, pathlib, re, shlex, shutil, statistics, sys, time
 
 import matplotlib.pyplot as plt
 
@@ -37,8 +37,7 @@ contrast alone = camae.py --no-mim --freeze-patch
 """
 SCORES = {"knn_top1": "kNN %", "linear_top1": "linear %", "attentive_top1": "attentive %", "rank": "effective rank"}
 SAME = "data images store img patch dim depth heads batch"  # these have one value in all rows, unless a row names them
-Job = typing.NamedTuple("Job", [("row", str), ("method", str), ("cfg", typing.Any), ("folder", pathlib.Path),
-                                ("steps", int), ("gflop", float)])  # a run, and what its training takes in all
+Job = dataclasses.make_dataclass("Job", "row method cfg folder steps gflop".split())  # a run, and what it takes in all
 
 
 def read_rows(text):
@@ -52,7 +51,7 @@ def read_rows(text):
             short = re.sub(r"\W+", "-", (parts[1] or line).lower()).strip("-")
             check(short not in ["", *(row[0] for row in rows.values())], "--rows", line,
                   "needs a name that differs from all others in letters or digits")
-            rows[parts[1] or line] = short, parts[2], (parts[3] or "").split()
+            rows[parts[1] or line] = short, parts[2], shlex.split(parts[3] or "")
     check(rows, "--rows", "nothing", "is in it; a line must read NAME = METHOD.py FLAGS")
     return rows
 
@@ -70,7 +69,8 @@ def plan(rows, flags, args):
         except UserError as error:
             raise UserError(f"row {name}: {error}") from error
     for field in SAME.split() + ["epochs"] * (not compute):
-        found = {name: getattr(configs[name], field) for name in rows if f"--{field}" not in " ".join(rows[name][2])}
+        found = {name: getattr(configs[name], field) for name, (*_, own) in rows.items()
+                 if f"--{field}" not in [word.split("=")[0] for word in own]}
         told = ", ".join(f"{value} in {name}" for name, value in found.items())
         check(len(set(found.values())) < 2, f"--{field}", told, "must be one value for all rows: add it, or --tiny")
     for name, (short, method, own) in rows.items():
@@ -120,8 +120,8 @@ def read_scores(job):
     try:
         report = json.loads((job.folder / "eval_linear.json").read_text())
         found = {**report["percent"]["trained encoder"], "rank": report["effective_rank"]["trained encoder"]}
-        fits = report["images"] == job.cfg.images and trained(job)[0] >= job.steps
-        return {score: found[score] for score in SCORES} if fits else None
+        whole = pathlib.Path(report["checkpoint"]).name == job.folder.name and trained(job)[0] >= job.steps
+        return {score: found[score] for score in SCORES} if whole and report["images"] == job.cfg.images else None
     except (FileNotFoundError, ValueError, KeyError):  # not there, half written, or without the attentive probe
         return None
 
@@ -156,7 +156,7 @@ def student_p(t, df):
 
 def compare_with(values, baseline):
     """{row: scores of its seeds}, the name of one of them → {row: p}, by the variance pooled over all rows; NaN for the
-    baseline, without it, and where there is no variance."""
+    baseline itself, and for all rows if it has no finished run or no row varies between its seeds."""
     df, p = sum(len(scores) - 1 for scores in values.values()), dict.fromkeys(values, math.nan)
     squares = sum((x - statistics.mean(scores)) ** 2 for scores in values.values() for x in scores)
     if squares > 0 and baseline in values:

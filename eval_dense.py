@@ -4,18 +4,19 @@
     python eval_dense.py RUN --baselines                       beside it the untrained encoder and raw patches
     python eval_dense.py RUN --data ADEChallengeData2016 --ignore 0            ADE20K, whose index 0 is "other"
 
-`tokens` of whole images are standardised by the training images' mean and deviation; one linear layer gives each patch
-a score for each class; the scores are upsampled bilinearly to the image; the loss is the cross-entropy of all pixels,
-by the fixed recipe below. The last epoch counts. Mean IoU: intersection over union of truth and prediction over all
-pixels of all test images, mean over the classes that occur in their truth.
+An image and its annotation are cut to their central square. Its `tokens` are standardised by the training images' mean
+and deviation; one linear layer gives each patch a score for each class; the scores are upsampled bilinearly to the
+image; the loss is the mean cross-entropy of the pixels that are not --ignore, by the fixed recipe below. The last epoch
+counts. Mean IoU: for each class that occurs in the test images' annotations, the intersection over the union of its
+true and its predicted pixels; then the mean over these classes.
 
 --data shapes: 2,000 training and 500 test images that the program draws, and so knows what each pixel shows. Ground
 and object have complementary colours, either of which is as often the ground's: colour alone cannot tell them apart.
 --data FOLDER: ADE20K's layout, images/training, images/validation, annotations/training, annotations/validation; an
-annotation is a PNG of class indices, named as its image is. Of both the central square is taken, at the run's size.
+annotation is a PNG of class indices, named as its image is. Both are resized to the run's size.
 
-It is the kind of Multi-View MAE's Table 4, not that table's experiment: no UperNet, no fine-tuned encoder, no crops at
-several scales, and the figures are of squares at the run's size. There is neither Mask R-CNN nor COCO (Table 3).
+This is the same kind of task as Multi-View MAE's Table 4 (semantic segmentation), but not the same experiment: there is
+no UperNet, no fine-tuned encoder, no crops at several scales. Neither Mask R-CNN nor COCO is here (Table 3).
 Writes eval_dense.json and eval_dense.png (with --data, eval_dense-DATA.json and .png) beside the checkpoint.
 """
 import argparse, json, math, os, pathlib, sys, time
@@ -43,7 +44,7 @@ def drawn(split, side, seed):
     """Shapes of a split, uint8 (N, 3, side, side), and what each pixel shows, uint8 (N, side, side): 0 ground, 1 … 10
     the form, in the order of class_names."""
     images, labels, inside = draw_shapes(SHAPES[split], side, 2 * seed + (split == "validation"), masks=True)
-    return images, ((labels[:, None, None] + 1) * (inside > 0)).to(torch.uint8)
+    return images, ((labels[:, None, None] + 1) * inside).to(torch.uint8)
 
 
 def central_square(image, side, kernel):
@@ -61,7 +62,7 @@ def read_pair(image, annotation, side):
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{annotation}: can't be read as an image ({error})") from error
     check(indices.mode in ("L", "P"), "--data", annotation, f"must be a PNG of indices 0 to 255, but is {indices.mode}")
-    picture = read_image(image, 1 << 16)
+    picture = read_image(image, 1 << 16)  # so large that no JPEG is made smaller as it is decoded
     check(picture.size == indices.size, "--data", annotation, f"is {indices.size}, its image {picture.size}")
     picture = central_square(picture, side, Image.Resampling.BICUBIC)
     return np.array(picture), np.array(central_square(indices, side, Image.Resampling.NEAREST))
@@ -139,13 +140,14 @@ def raw_patches(images, grid, here, like=None):
 # The program
 
 def palette(classes):
-    """A colour for each class, (classes, 3), 0…1: grey for the first, the others far apart."""
+    """A colour for each class, (classes, 3), 0…1: grey for the first, for the others twenty hues, repeated."""
     hues = plt.get_cmap("tab20")(np.arange(20))[[*range(0, 14, 2), *range(16, 20, 2), *range(1, 20, 2), 14], :3]
     return torch.from_numpy(np.concatenate([[[0.3, 0.3, 0.3]], np.resize(hues, (max(1, classes - 1), 3))])).float()
 
 
 def evaluate(args):
     """Does what the command line asks and returns what is written to eval_dense.json. Raises UserError."""
+    check(os.environ.get("WORLD_SIZE", "1") == "1", "torchrun", "eval_dense.py", "runs alone, on one device")
     check(0 <= args.ignore <= 255, "--ignore", args.ignore, "must be an index of annotations, 0 to 255")
     began, here = time.time(), start_processes(args.device)
     model, cfg = load_model(args.run)
@@ -176,6 +178,7 @@ def evaluate(args):
     rows, each, guesses = {}, {}, {}
     print(f"{'':18} {'mean IoU':>9} {'pixels right':>13}  in %")
     for name, subject in subjects.items():
+        own = others = None  # the tokens of the encoder before leave the memory
         own, others = subject()
         guesses[name] = segment(own, masks, others, classes, args.ignore, cfg.seed, f"{name}: {own}")
         counts = count_pixels(truth, guesses[name], classes, args.ignore)
@@ -212,7 +215,7 @@ def main(argv=None):
     parser.add_argument("--baselines", action="store_true", help="also the untrained encoder and raw patches")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 where it is there")
-    return answer("eval_dense.py", lambda: evaluate(parser.parse_args(argv)))
+    return answer("eval_dense.py", lambda: evaluate(parser.parse_args(argv)), "take --device cpu")
 
 
 if __name__ == "__main__":

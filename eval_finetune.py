@@ -8,13 +8,14 @@
 
 After Multi-View MAE, §4.1.2: 100 epochs, batch 512, mixup with a probability of 0.8, RandAugment. What that leaves open
 is MAE's recipe (arXiv 2111.06377, Table 9): AdamW, rates that fall from layer to layer, label smoothing, stochastic
-depth. Otherwise than there: an image has its own share in mixup, which all images of MAE's have, with 0.8 for the
-Beta's α; RandAugment's 9 is of 30, torchvision's, where MAE's code means nine tenths, a little varied
-(--rand-magnitude 27 comes near); there is neither its CutMix nor its code's random erasing. CutMix and colour jitter
-are hinted at by §4.1.3, without numbers.
+depth. What differs from MAE's code: in mixup each image draws its own share, where MAE draws one for the whole batch (α
+is 0.8 in both); RandAugment's strength is 9 of 30, torchvision's, where MAE's is 9 of 10 with a little noise
+(--rand-magnitude 27 comes near); there is no CutMix and no random erasing. Multi-View MAE's §4.1.3 hints at CutMix and
+colour jitter, without numbers.
 
 The encoder ends in its own norm and its own pooling, as in `features`; all its weights learn, MCLim's patch embedding
-too. Test images are seen by their central crop. CAMAE's 1 % and 10 % follow Barlow Twins: papers/camae.md.
+too. Test images are seen by their central crop. CAMAE fine-tunes on 1 % and 10 % of the labels as Barlow Twins does:
+papers/camae.md has the flags.
 
 A fine-tuning is a folder like those of pre-training and is resumed in the same way; its pretrained.json holds what it
 needs of RUN for that. The last epoch counts: eval_finetune.json and confusion.png say what it is worth on test images.
@@ -133,11 +134,12 @@ class Classifier(nn.Module):
 
 def layer_groups(model, wd, decay):
     """param_groups of a Classifier, divided by layers, each with the `scale` of its rate: 1 for the head and the last
-    norm, then `decay` times less with each block towards the input. What precedes the first block is a layer; what lies
-    between two blocks goes with the former."""
+    norm, multiplied by `decay` once more for each block towards the input. What precedes the first block is one
+    layer with the encoder's own parameters (class token, positions), as in MAE; what lies between two blocks goes with
+    the former."""
     blocks, layer, layers = blocks_of(model.encoder), 0, {}
     last = len(blocks) + 1
-    for name, p in model.encoder.named_parameters():  # in the order of the layers
+    for name, p in model.encoder.named_parameters():  # its own, then its layers' in order
         inside = [i for i, block in enumerate(blocks, 1) if name.startswith(f"{block}.")]
         if inside:
             layer = inside[0]
@@ -163,8 +165,8 @@ def mixup(images, targets, p, alpha):
 # RandAugment
 
 def warp(images, xx=1.0, xy=0.0, yx=0.0, yy=1.0, x=0.0, y=0.0):
-    """Resamples, bilinear, black outside: the pixel at (u, v) is fetched from (xx·u + xy·v + x, yx·u + yy·v + y), in
-    half sides from the centre, v downwards; each a number or one for each image (B,)."""
+    """Resamples images bilinearly; outside is black. The output pixel at (u, v) is read from (xx·u + xy·v + x,
+    yx·u + yy·v + y). Coordinates are -1…1, from the centre, v downwards; each coefficient is a number or (B,)."""
     zeros = torch.zeros(len(images), device=images.device)
     inverse = torch.stack([torch.stack([zeros + v for v in row], 1) for row in ((xx, xy, x), (yx, yy, y))], 1)
     return F.grid_sample(images, F.affine_grid(inverse, images.shape, align_corners=False), align_corners=False)
@@ -235,13 +237,15 @@ def pretrained(cfg):
     file = pathlib.Path(cfg.resume, "pretrained.json")
     try:
         facts = json.loads(file.read_text())
-        return *build_model(facts["method"], facts["config"], file, cfg.seed), facts["run"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        method, config, name = facts["method"], facts["config"], facts["run"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: can't be read ({type(error).__name__}), so there is nothing to resume") from error
+    return *build_model(method, config, file, cfg.seed), name
 
 
 def fitting(cfg, images, world):
-    """cfg, if the labelled images fill a batch; else with a --batch of a tenth of them. Raises UserError."""
+    """cfg, if the labelled images fill a step's batch; else with the --batch that makes about ten steps an epoch, at
+    least one image. Raises UserError."""
     check(images >= world, "--labels", cfg.labels, f"leaves {images} images for {world} processes")
     return cfg if cfg.batch * world <= images else replace(cfg, batch=max(1, images // (10 * world)))
 
@@ -270,11 +274,11 @@ def train(cfg):
                f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters, "
                f"{'from random weights' if cfg.scratch else 'pre-trained'}; left aside: {', '.join(others)}")
     if here.rank == 0:
-        fewer = f"; --batch {cfg.batch}, a tenth of these, which fill no {typed}" * (cfg.batch < typed)
+        fewer = f"; --batch {cfg.batch} instead of {typed}, for so few images" * (cfg.batch < typed)
         print(f"{network}\n{len(kept):,} labelled images, {len(queries):,} test images, {len(classes)} classes{fewer}",
               flush=True)
     net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model
-    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # the same random numbers
+    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws as without
     peak = cfg.lr * cfg.batch * here.world / 256  # MAE's rule
     optimizer = torch.optim.AdamW(layer_groups(model, cfg.wd, cfg.layer_decay), lr=peak, fused=True)  # MAE's betas
 

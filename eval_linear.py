@@ -11,16 +11,17 @@ kNN: the 20 nearest training images by cosine vote with weight exp(cosine / 0.07
 Linear probe: `features` standardised by the training images' mean and deviation, then one linear layer.
 Attentive probe: `tokens` of the last block, standardised; a learned query q weighs an image's N tokens x_n by
 softmax(q·x_n / √D), and a linear layer reads their weighted mean. (Projections to keys and values would add nothing:
-the query and the linear layer can hold them.) It begins as the linear probe of the mean token. Masked modelling spreads
-what it knows over the tokens, and a probe of an average misses some of it (arXiv 2506.10178). Tokens are held in
-memory, in half precision, up to 16 GB (50,000 images of 196 × 768 take 15); more are computed anew at each step.
+the query and the linear layer can hold them.) At the start q is 0 and weighs all tokens alike. Masked modelling spreads
+what it knows over the tokens, and a probe of an average misses some of it (arXiv 2506.10178). The training images'
+tokens are held in memory, in half precision, if they take at most 16 GB (50,000 images of 196 × 768 take 15), and so
+are the test images'; otherwise they are computed anew at each step.
 Either probe follows its fixed recipe below; the last epoch counts, no choice is made on the test images.
 Effective rank: of the training images' features, how many directions they spread over (arXiv 2210.02885); without
-labels it is all there is to compute. Near 1, a contrast has collapsed.
+labels it is all there is to compute. Near 1 all features lie along one direction: the contrast has collapsed.
 Writes eval_linear.json and confusion.png (with --data, eval_linear-DATA.json and confusion-DATA.png) beside the
 checkpoint.
 """
-import argparse, functools, importlib, itertools, json, pathlib, statistics, sys, time
+import argparse, functools, importlib, itertools, json, os, pathlib, shutil, statistics, sys, time
 from dataclasses import replace
 
 import torch
@@ -28,7 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (Parser, UserError, answer, autocast, central_crop, check, class_names, cosine_lr, effective_rank,
-                    extract_features, knn_votes, load_checkpoint, load_data, normalize, start_processes)
+                    extract_features, knn_votes, load_checkpoint, load_data, normalize, resize, start_processes)
 from pictures import draw_confusion
 
 RECIPES = {"kNN": {"k": 20, "similarity": "cosine", "temperature": 0.07},
@@ -77,7 +78,7 @@ class Tokens:
     """
     def __init__(self, encode, n, like=None):
         self.encode, self.n, self.held = encode, n, None
-        few = encode(torch.linspace(0, n - 1, min(n, 1_000)).long()).float()  # evenly spaced: classes may come in order
+        few = encode(torch.linspace(0, n - 1, 1 if like else min(n, 1_000)).long()).float()  # evenly spaced
         self.mean, self.std = (like.mean, like.std) if like else (few.mean((0, 1)), few.std((0, 1)).clamp(min=1e-6))
         self.shape, self.gigabytes = (n, *few.shape[1:]), 2 * n * few[0].numel() / 1e9
         if self.gigabytes <= HELD / 1e9:
@@ -122,6 +123,16 @@ def tokens_of(encoder, parts, img, here, amp=True):
     return (own, other), [None if part.held is None else rows for part, rows in zip((own, other), features)]
 
 
+def raw_pixels(images, img, here, aspect):
+    """What an encoder of img×img pixels sees of uint8 images (N, 3, S, S), shrunk to a side of at most 32:
+    (N, 3 · side · side), on the device."""
+    rows = []
+    for ids in torch.arange(len(images)).split(250):
+        x = central_crop(images[ids].to(here.device), min(img, images.shape[2]), aspect[ids])
+        rows.append(resize(x, min(32, x.shape[2])).flatten(1))
+    return torch.cat(rows)
+
+
 def train_probe(probe, inputs, labels, recipe, loss=F.cross_entropy, progress=""):
     """Trains `probe` on inputs[ids] and labels[ids] as `recipe` says, with more epochs where these have fewer than its
     least_steps; returns it in evaluation."""
@@ -136,7 +147,8 @@ def train_probe(probe, inputs, labels, recipe, loss=F.cross_entropy, progress=""
             optimizer.step()
             step += 1
         if sys.stdout.isatty():
-            print(f"\r\033[K{progress}, epoch {epoch + 1} of {epochs}", end="", flush=True)
+            line = f"{progress}, epoch {epoch + 1} of {epochs}"[:shutil.get_terminal_size().columns - 1]
+            print(f"\r\033[K{line}", end="", flush=True)
     return probe.eval().requires_grad_(False)
 
 
@@ -187,15 +199,16 @@ def labelled_only(part):
 
 
 def beside(run, name, data):
-    """Where an evaluation is written: `name` beside the checkpoint, with the name of `data` in it, if it is not ""."""
-    folder, name = pathlib.Path(run), pathlib.Path(name)
-    suffix = f"-{pathlib.Path(data).name}" if data else ""
+    """Where an evaluation is written: `name` beside the checkpoint, with `data` in it if that is not "": a set's name,
+    or the end of a folder's path, so that cifar10 and data/cifar10 differ."""
+    folder, name, where = pathlib.Path(run), pathlib.Path(name), pathlib.Path(data)
+    suffix = "-" + "-".join(where.resolve().parts[-2:] if where.is_dir() else [data]) if data else ""
     return (folder if folder.is_dir() else folder.parent) / f"{name.stem}{suffix}{name.suffix}"
 
 
 def measure(bank, labels, asked, truth, tokens, classes, seeds, name):
-    """{column: its figure for each of `seeds`}, in percent, of kNN and the probes, and the first linear probe's guess
-    (Q,).
+    """{column: its figures in percent, one of kNN, one for each of `seeds` of a probe}, and the class (Q,) that the
+    first linear probe chooses.
 
     bank (N, D), asked (Q, D): features of the labelled images and of those in question; tokens: the same as two Tokens,
     or None for no attentive probe.
@@ -217,6 +230,7 @@ def evaluate(args):
     """Does what the command line asks and returns what is written to eval_linear.json. Raises UserError."""
     check(args.seeds >= 1, "--seeds", args.seeds, "must be at least 1")
     check(args.images >= 0, "--images", args.images, "must be at least 0")
+    check(os.environ.get("WORLD_SIZE", "1") == "1", "torchrun", "eval_linear.py", "runs alone, on one device")
     began, here = time.time(), start_processes(args.device)
     model, cfg = load_model(args.run)
     data, root = args.data or cfg.data, args.root or cfg.root
@@ -236,11 +250,6 @@ def evaluate(args):
               "and probes need labelled training and test images of two classes or more, in a folder train/CLASS/IMAGE "
               "and test/CLASS/IMAGE: name such a set with --data", flush=True)
 
-    def pixels(images, aspect):
-        side = min(32, images.shape[2])
-        ids = torch.arange(len(images)).split(250)
-        return torch.cat([central_crop(images[i].to(here.device), side, aspect[i]) for i in ids]).flatten(1)
-
     encoders = {"trained encoder": model.encoder}
     if args.baselines:
         encoders |= {"untrained encoder": load_model(args.run, trained=False)[0].encoder, "raw pixels": None}
@@ -250,13 +259,13 @@ def evaluate(args):
     for name, encoder in encoders.items():
         tokens = None  # those of the encoder before leave the memory
         if encoder is None:
-            features, tokens = [pixels(images, aspect) for images, _, aspect in parts], None
+            features = [raw_pixels(images, cfg.img, here, aspect) for images, _, aspect in parts]
         else:
             encoder.to(here.device).eval()
             tokens, features = (tokens_of(encoder, parts, cfg.img, here, args.amp) if probed and args.attentive else
                                 (None, [None] * len(parts)))
-            features = [extract_features(encoder, images, cfg.img, here, args.amp, aspect) if rows is None else rows
-                        for rows, (images, _, aspect) in zip(features, parts)]
+            features = [extract_features(encoder, images, cfg.img, here, args.amp, aspect) if done is None else done
+                        for done, (images, _, aspect) in zip(features, parts)]
             ranks[name] = round(effective_rank(features[0]), 2)
         found = {}
         if probed:
@@ -299,7 +308,7 @@ def main(argv=None):
                         help="the attentive probe, which takes the longest")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 where it is there")
-    return answer("eval_linear.py", lambda: evaluate(parser.parse_args(argv)))
+    return answer("eval_linear.py", lambda: evaluate(parser.parse_args(argv)), "take --device cpu")
 
 
 if __name__ == "__main__":

@@ -3,21 +3,23 @@
     python eval_speed.py mclim                          the paper's configuration; flags of mclim.py may follow
     python eval_speed.py mclim --tiny --batch 128
 
-Prints, each rate as the median of at least three runs and five seconds after a warm-up:
+Each rate but that of reading is the median of at least three runs and five seconds, after a warm-up. Prints:
   views       source images of 32 pixels, 64 at a time, whose two views are made at 32 pixels and at the configuration's
               size; for MCLim also by PIL and torchvision's transforms in a DataLoader of two workers
-  counted     of the views of a step, copies from host to device, and operations that start a kernel there
+  counted     for the views of one step: copies from host to device, and operations that start a kernel on it
   reading     one pass over a set that streams from its memory-mapped file, from the disk and then from memory (where
               the system can be asked to forget what it has read)
-  room        what a step keeps of each image until its backward in bfloat16, plain and with --recompute, and the
-              largest batch that a GPU of 12, 24 and 80 GB (10⁹ bytes) holds by it; without bfloat16 it takes minutes
-  step        forward, backward and AdamW on random views, as training computes them and in float32, with --compile
-              plain and compiled, and its share of the rate of an 8192³ matrix product on a GPU (2048³ on a CPU)
+  room        the memory that a step keeps for each image until its backward pass, in bfloat16, without and with
+              --recompute; and, from this, the largest batch for a GPU of 12, 24 and 80 GB (1 GB is 10⁹ bytes). On a
+              CPU without bfloat16 this part takes minutes
+  step        forward, backward and AdamW on random views, without the moving average: in training's precision and in
+              float32, with --compile also compiled. Behind the first the TFLOP/s of the step, and of an 8192³ matrix
+              product (2048³ on a CPU)
   one view    where the encoder sees visible patches only: its forward and backward and the decoder's, against the same
               with all patches visible
 --recompute and --no-amp change nothing here.
 """
-import importlib, itertools, math, os, pathlib, statistics, sys, tempfile, time
+import importlib, math, os, pathlib, statistics, sys, tempfile, time
 from dataclasses import replace
 
 import numpy as np
@@ -49,7 +51,7 @@ def rate(step, device, seconds=5.0):
 
 
 class Counter(TorchDispatchMode):
-    """Counts what runs on the `meta` device, which stands for a GPU: copies to it, and kernels, these among them."""
+    """Counts on the `meta` device, which stands for a GPU: kernels, and how many of them are copies from the host."""
     copies, kernels = 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -70,7 +72,7 @@ def count_copies(job):
 
 
 def convolution_backward_flop(grad, x, weight, *rest, **_):
-    """FLOP of a convolution's backward, of the shapes: as many as forward for each gradient that is asked for. (torch's
+    """FLOP of a convolution's backward, from the shapes: as many as forward has, for each gradient asked for. (torch's
     own count of the weight's is too large by the number of groups.)"""
     return 2 * math.prod(grad) * math.prod(weight[1:]) * sum(rest[-1][:2])
 
@@ -101,7 +103,7 @@ def saved_bytes(model, cfg, images, device):
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    def note_input(block, inputs):  # which --recompute keeps without a word to saved_tensors_hooks
+    def note_input(block, inputs):  # --recompute keeps it, which saved_tensors_hooks does not see
         if torch.is_grad_enabled():
             note(inputs[0])
             passes.append(block)
@@ -120,7 +122,7 @@ def room(module, cfg, device):
     """{"plain" and "with --recompute": (bytes that a step keeps of each image, bytes that it needs at its peak)}.
 
     At its peak, in backward, a step also holds the gradients in one block of the encoder, and with --recompute that
-    block's own tensors, which it has just computed again. On a CPU, a ViT's are counted as on a GPU.
+    block's own tensors, which it has just computed again. On a CPU, too, a ViT's attention is counted in bfloat16.
     """
     def of_an_image():
         return saved_bytes(model, cfg, 3, device)[0] - saved_bytes(model, cfg, 2, device)[0]
@@ -157,7 +159,7 @@ def reading(cfg, here):
                     os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             images = torch.from_numpy(np.load(file, mmap_mode="c"))
             batches = Batches((images[:0], None, torch.ones(2048)), min(cfg.batch, 256), 0, here, torch.arange(2048))
-            batches.images, begin = images, time.perf_counter()  # after Batches had a chance to move them to a GPU
+            batches.images, begin = images, time.perf_counter()  # only now: Batches would move them to a GPU
             for step in range(len(batches)):
                 batches[step]
             if here.device.type == "cuda":
@@ -173,8 +175,9 @@ class PilViews(Dataset):
         crop = transforms.RandomResizedCrop(cfg.img, (cfg.crop_min, cfg.crop_max))
         last = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
         jitter = transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], cfg.jitter)
+        blur = transforms.RandomApply([transforms.GaussianBlur(cfg.img // 10 // 2 * 2 + 1, (0.1, 2.0))], cfg.blur)
         self.view1 = transforms.Compose([crop, *last])
-        self.view2 = transforms.Compose([crop, jitter, transforms.RandomGrayscale(cfg.gray), *last])
+        self.view2 = transforms.Compose([crop, jitter, transforms.RandomGrayscale(cfg.gray), blur, *last])
 
     def __len__(self):
         return len(self.images)
@@ -193,14 +196,14 @@ def measure(method, flags):
     name = torch.cuda.get_device_name() if here.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}; torch {torch.__version__}; {method}, {cfg.img} pixels, patch {cfg.patch}, batch {cfg.batch}")
 
+    pool = torch.randint(256, (1024, 3, 32, 32), dtype=torch.uint8)
     for img in sorted({32, cfg.img}):
         sized = replace(cfg, img=img, patch=4) if img == 32 else cfg
-        pool = (255 * torch.rand(2048, 3, 32, 32)).byte()
         batch = pool[:64].to(here.device)
         ours = 64 * rate(lambda: module.views(batch, sized), here.device)
         line = f"views       {img:3} pixels   {ours:10,.0f} images/s"
         if method == "mclim":
-            loader = DataLoader(PilViews(pool[:1024], sized), 64, num_workers=2, persistent_workers=True)
+            loader = DataLoader(PilViews(pool, sized), 64, num_workers=2, persistent_workers=True)
             theirs = 1024 * rate(lambda: sum(len(view) for view, _ in loader), here.device)
             line += f"   PIL, two workers {theirs:8,.0f}   ratio {ours / theirs:.2f}"
         print(line, flush=True)
@@ -219,7 +222,7 @@ def measure(method, flags):
         print(f"room        {kept / 1e6:6.1f} MB an image, {how}: at most {fits}", flush=True)
 
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), fused=True)
-    view1, view2 = (torch.randn(cfg.batch, 3, cfg.img, cfg.img, device=here.device) for _ in range(2))
+    view1, view2 = torch.randn(2, cfg.batch, 3, cfg.img, cfg.img, device=here.device)  # (B, 3, H, W) each
 
     def step(net, amp):
         with autocast(here.device, amp):
@@ -233,12 +236,15 @@ def measure(method, flags):
     n, gflop = 8192 if here.device.type == "cuda" else 2048, gflop_per_image(cfg)
     a, b = (torch.randn(n, n, device=here.device, dtype=kind) for _ in range(2))
     peak = 2 * n ** 3 * rate(lambda: a @ b, here.device) / 1e12
-    nets = {"": model, **({"compiled": torch.compile(model, options={"fallback_random": True})} if cfg.compile else {})}
-    for amp, (how, net) in itertools.product((True, False)[:1 + (kind == torch.bfloat16)], nets.items()):
-        speed = cfg.batch * rate(lambda: step(net, amp), here.device)
-        share = f"   {speed * gflop / 1e3:.3g} of {peak:.3g} TFLOP/s" if amp else ""
-        name = str(kind if amp else torch.float32)[6:]
-        print(f"step        {name:8}   {speed:10,.1f} images/s{share}   {how}".rstrip(), flush=True)
+    nets = {"": model}
+    if cfg.compile:
+        nets["compiled"] = torch.compile(model, options={"fallback_random": True})
+    for amp in (True, False) if kind == torch.bfloat16 else (True,):
+        for how, net in nets.items():
+            speed = cfg.batch * rate(lambda: step(net, amp), here.device)
+            share = f"   {speed * gflop / 1e3:.3g} of {peak:.3g} TFLOP/s" if amp else ""
+            precision = str(kind if amp else torch.float32).removeprefix("torch.")
+            print(f"step        {precision:8}   {speed:10,.1f} images/s{share}   {how}".rstrip(), flush=True)
     if kind == torch.float32:
         print("            in float32 alone: the device has no bfloat16 in hardware (AVX-512 BF16 or AMX on a CPU)")
 

@@ -4,15 +4,16 @@ Image batches are (B, 3, H, W). Crops take uint8 or floats in 0…1 and give flo
 and give. All draw each image's own random numbers on the CPU, where nothing waits for them, and compute on the images'
 device.
 """
-import glob, hashlib, math, os, pathlib, sys
+import glob, hashlib, math, os, pathlib, random, socket, sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import datasets
+from torchvision.transforms.functional import rgb_to_grayscale
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set, so that weights travel
 SETS = {"cifar10": (datasets.CIFAR10.url, "163 MB"), "cifar100": (datasets.CIFAR100.url, "161 MB"),
@@ -38,8 +39,9 @@ def load_images(data, split, size, root="data", workers=0, seed=0):
     "train" or "test"; None where a folder has no test images.
 
     `data` is a name of SETS, "shapes", or a folder. Images are stored whole, squeezed to S×S; aspect is width over
-    height before that. S is `size`, or the set's own side where that is smaller, for enlarging is the augmentation's
-    work. Raises UserError: a set not to be had, an unreadable image, unknown classes.
+    height before that. S is `size`, or the set's own side where that is smaller (of a folder: the largest shorter side
+    among 100 images), since enlarging is the augmentation's work. Raises UserError: a set not to be had, an unreadable
+    image, unknown classes.
     """
     if data == "shapes":
         images, labels = draw_shapes(5_000 if split == "train" else 1_000, min(size, 64), 2 * seed + (split == "test"))
@@ -86,7 +88,7 @@ def load_folder(folder, split, size, root, workers):
 
     The folder holds train/CLASS/… and test/CLASS/… or val/CLASS/…. Its train/ may stand alone, and may be without
     classes; where there is no train/, all images in the folder and below are for training. An image outside a class's
-    folder has the label -1; so have all where there is but one class, for that tells nothing: no kNN check is made.
+    folder has the label -1. With only one class all labels are -1: there is nothing to tell apart, and no kNN check.
     """
     folder = pathlib.Path(folder)
     check(folder.is_dir(), "--data", folder, f"is none of {', '.join(SETS)}, shapes, and no folder of images or of "
@@ -109,16 +111,17 @@ def load_folder(folder, split, size, root, workers):
     check(not strange, "--data", folder, f"{place} has {strange[:1]}, which is no class of train/")
     numbers = {name: i for i, name in enumerate(classes)} if len(classes) > 1 else {}
 
-    side = min(size, max(min(read_image(f, size).size) for f in files[::1 + len(files) // 100]))
-    state = f"squeezed {[(path, (at := os.stat(file)).st_size, at.st_mtime_ns) for path, file in zip(below, files)]}"
+    side = min(size, max(min(read_image(f, size).size) for f in random.Random(0).sample(files, min(100, len(files)))))
+    state = f"upright {[(path, (at := os.stat(file)).st_size, at.st_mtime_ns) for path, file in zip(below, files)]}"
     place_hash, state_hash = (hashlib.sha256(text.encode()).hexdigest()[:12] for text in (str(folder.resolve()), state))
     cache = pathlib.Path(root, "cache", f"{folder.resolve().name}-{place_hash}-{split}-{side}-")
     whole = cache.with_name(f"{cache.name}{state_hash}.npy")  # which files, of which size and date, it was made from
-    aspects, part = whole.with_suffix(".aspect.npy"), whole.with_suffix(f".{os.getpid()}.part")
+    aspects, part = whole.with_suffix(".aspect.npy"), whole.with_suffix(f".{socket.gethostname()}.{os.getpid()}.part")
     if not whole.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
-        for old in cache.parent.glob(f"{glob.escape(cache.name)}*"):  # of other files, or of a process that was killed
-            if old.suffix == ".npy" or old == part or not pathlib.Path("/proc", old.suffixes[-2][1:]).exists():
+        for old in cache.parent.glob(f"{glob.escape(cache.name)}*"):  # of other files, or of a process killed here
+            here = f".{socket.gethostname()}." in old.name and pathlib.Path("/proc/self").exists()
+            if old.suffix == ".npy" or here and not pathlib.Path("/proc", old.suffixes[-2][1:]).exists() or old == part:
                 old.unlink()
         try:
             np.save(aspects, decode(files, place, side, workers, part))
@@ -137,7 +140,8 @@ def decode(files, place, side, workers, target):
     array = np.lib.format.open_memmap(target, "w+", np.uint8, (len(files), 3, side, side))
     aspects = np.empty(len(files), np.float32)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        for i, (array[i], aspects[i]) in enumerate(pool.map(squeeze, files)):
+        for i, (image, aspect) in enumerate(pool.map(squeeze, files)):
+            array[i], aspects[i] = image, aspect
             if i + 1 == len(files) or sys.stdout.isatty() and i % 500 == 0:
                 start, end = ("\r", "") if sys.stdout.isatty() and i + 1 < len(files) else ("", "\n")
                 print(f"{start}decoding {place}, once: {i + 1:,} of {len(files):,}", end=end, flush=True)
@@ -158,11 +162,12 @@ def class_names(data, root="data"):
 
 
 def read_image(file, side):
-    """A file as a PIL image in RGB; a JPEG is decoded no larger than `side` needs. Raises UserError with the path."""
+    """A file as a PIL image in RGB, upright; a JPEG is decoded no larger than `side` needs. Raises UserError."""
     try:
         image = Image.open(file)
         image.draft("RGB", (side, side))
-        return image.convert("RGB")
+        image = image.convert("I").point(lambda x: x / 257).convert("L") if image.mode[0] == "I" else image  # 16 bits
+        return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{file}: can't be read as an image ({error}); mend it or take it away") from error
 
@@ -200,14 +205,14 @@ class Batches:
     (B,) on the CPU, where crops are drawn.
 
     `data`: load_images' triple. An epoch runs over all images, or over the ids `among`, in an order that (seed, epoch)
-    alone decides, and leaves out what fills no batch. Images stay on the GPU if they take less than a quarter of it;
-    else they stream from memory or the mapped file.
+    alone decides, and leaves out what fills no batch. Images stay on the GPU if they take less than a quarter of its
+    free memory; else they stream from memory or the mapped file.
     """
     def __init__(self, data, batch, seed, here, among=None):
         self.images, _, self.aspects = data
         self.among = torch.arange(len(self.images)) if among is None else among
         check(batch * here.world <= len(self.among), "--batch", batch,
-              f"there are only {len(self.among)} training images")
+              f"times {here.world} processes: there are only {len(self.among)} training images")
         room = torch.cuda.mem_get_info(here.device)[0] // 4 if here.device.type == "cuda" else 0
         self.images = self.images.to(here.device) if self.images.nbytes < room else self.images
         self.batch, self.seed, self.here, self.epoch = batch, seed, here, None
@@ -246,8 +251,8 @@ def denormalize(images):
 
 def resize_weights(start, length, size, n, kernel="linear"):
     """(B, size, n): how row o of a resize of [start, start + length) to `size` weighs the n input pixels. Its kernel, a
-    triangle ("linear") or Keys' cubic with a = -1/2 ("bicubic"), is as wide as output pixels ask, but no narrower than
-    input pixels do: antialiasing when it shrinks."""
+    triangle ("linear") or Keys' cubic with a = -1/2 ("bicubic"), is measured in input pixels where it enlarges, in
+    output pixels where it shrinks: antialiasing."""
     pixel, row = (torch.arange(k, device=start.device) for k in (n, size))
     start, length = start[:, None, None], length[:, None, None]
     scale, inside = length / size, (pixel >= start) & (pixel < start + length)             # (B, 1, n)
@@ -265,8 +270,9 @@ def crop_resize(images, boxes, size, kernel="linear"):
     """Crops boxes (top, left, height, width: each int64 (B,), in pixels) and resizes them to (B, 3, size, size), by a
     kernel of resize_weights; what a cubic overshoots is cut to 0…1."""
     (B, _, H, W), boxes = images.shape, torch.stack(tuple(boxes)).to(images.device, non_blocking=True)  # (4, B)
-    weights = resize_weights(*boxes.view(2, -1), size, max(H, W), kernel)                  # (2B, size, max(H, W))
-    rows, columns = weights[:B, None, :, :H], weights[B:, :, :W]                           # (B, 1, size, H)
+    starts, lengths = boxes.view(2, 2 * B)                                                 # of rows, then of columns
+    weights = resize_weights(starts, lengths, size, max(H, W), kernel)                     # (2B, size, max(H, W))
+    rows, columns = weights[:B, None, :, :H], weights[B:, :, :W]                # (B, 1, size, H), (B, size, W)
     if images.dtype == torch.uint8:
         images, rows = images.float(), rows / 255
     out = ((rows @ images).flatten(1, 2) @ columns.mT).unflatten(1, (3, size))             # (B, 3, size, size)
@@ -280,11 +286,11 @@ def resize(images, size):
 
 
 def central_crop(images, size, aspect=None):
-    """Evaluation's crop, (B, 3, size, size): the central square of the true images, of width over height `aspect` (B,),
-    None if they were not squeezed, whose side is min(1, size / S) of their shorter one, as 224 of 256."""
+    """Evaluation's crop, (B, 3, size, size): the central square of 7/8 of the true image's shorter side, as 224 of 256,
+    or of size / S, at most 1, where that is more. aspect (B,): width over height before squeezing; None: unsqueezed."""
     B, _, H, W = images.shape
     shape = (torch.full((B,), W / H) if aspect is None else aspect).to(images.device)      # width over height
-    share = min(1, size / min(H, W))
+    share = min(1, max(size / min(H, W), 7 / 8))
     height = (H * share * shape.clamp(max=1)).round().long().clamp(min=1)
     width = (W * share / shape.clamp(min=1)).round().long().clamp(min=1)
     return crop_resize(images, ((H - height) // 2, (W - width) // 2, height, width), size)
@@ -305,8 +311,8 @@ def crop_boxes(B, H, W, scale, ratio, aspect=None):
     width, height = (area * shape / stretch).sqrt().round().long(), (area / shape * stretch).sqrt().round().long()
     fits, near = (width >= 1) & (width <= W) & (height >= 1) & (height <= H), whole.clamp(*ratio)
     first, found = fits.int().argmax(1, keepdim=True), fits.any(1)
-    width = torch.where(found, width.gather(1, first)[:, 0], (W * (near / whole).clamp(max=1)).round().long())
-    height = torch.where(found, height.gather(1, first)[:, 0], (H * (whole / near).clamp(max=1)).round().long())
+    width = torch.where(found, width.gather(1, first)[:, 0], (W * (near / whole).clamp(1 / W, 1)).round().long())
+    height = torch.where(found, height.gather(1, first)[:, 0], (H * (whole / near).clamp(1 / H, 1)).round().long())
     top = torch.where(found, (down[:, 0] * (H - height + 1)).long(), (H - height) // 2)
     left = torch.where(found, (right[:, 0] * (W - width + 1)).long(), (W - width) // 2)
     return top, left, height, width
@@ -331,15 +337,9 @@ def random_hflip(images, p=0.5):
     return apply_to(images.clone(), torch.rand(len(images)) < p, lambda x: x.flip(3))
 
 
-def grayscale(images):
-    """Luma (B, 1, H, W), weighed as torchvision does."""
-    r, g, b = images.split(1, 1)
-    return 0.2989 * r + 0.587 * g + 0.114 * b
-
-
 def random_grayscale(images, p=0.2):
     """Makes each image grey with probability p."""
-    return apply_to(images.clone(), torch.rand(len(images)) < p, lambda x: grayscale(x).expand_as(x))
+    return apply_to(images.clone(), torch.rand(len(images)) < p, lambda x: rgb_to_grayscale(x, 3))
 
 
 def adjust_brightness(images, factor):
@@ -349,13 +349,13 @@ def adjust_brightness(images, factor):
 
 def adjust_contrast(images, factor):
     """Blends with the image's mean grey: factor (B,) ≥ 0, 1 changes nothing."""
-    mean, factor = grayscale(images.mean((2, 3), keepdim=True)), factor[:, None, None, None]
+    mean, factor = rgb_to_grayscale(images.mean((2, 3), keepdim=True)), factor[:, None, None, None]
     return (images * factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
 def adjust_saturation(images, factor):
     """Blends with grey: factor (B,) ≥ 0, 1 changes nothing."""
-    return torch.lerp(grayscale(images).expand_as(images), images, factor[:, None, None, None]).clamp_(0, 1)
+    return torch.lerp(rgb_to_grayscale(images).expand_as(images), images, factor[:, None, None, None]).clamp_(0, 1)
 
 
 def adjust_hue(images, factor):

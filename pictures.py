@@ -61,7 +61,7 @@ def draw_images(file, rows, names=(), legend={}):
             axis.imshow(denormalize(image.float().cpu()).permute(1, 2, 0).numpy(), interpolation="nearest")
         plt.setp(row, xticks=[], yticks=[])
     for axis, name in zip(axes[-1], names):
-        axis.set_xlabel(name if len(name) < 19 else f"{name[:9]}…{name[-8:]}", fontsize="x-small")
+        axis.set_xlabel(name if len(name) < 19 else f"{name[:9]}…{name[-8:]}", fontsize="x-small", parse_math=False)
     if legend:
         patches = [Patch(color=colour, label=label) for label, colour in legend.items()]
         figure.legend(handles=patches, loc="outside lower center", ncols=6, fontsize="small", frameon=False)
@@ -79,8 +79,8 @@ def draw_confusion(file, truth, guess, names, by):
     figure.colorbar(axis.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100), label="% of the true class")
     axis.set(xlabel=f"predicted by the {by}", ylabel="true class")
     if n <= 20:
-        axis.set_xticks(range(n), names, rotation=45, ha="right")
-        axis.set_yticks(range(n), names)
+        axis.set_xticks(range(n), names, rotation=45, ha="right", parse_math=False)
+        axis.set_yticks(range(n), names, parse_math=False)
         for i, row in enumerate(share.tolist()):
             for j, value in enumerate(row):
                 axis.text(j, i, f"{value:.0f}", ha="center", va="center", color="white" if value > 50 else "black")

@@ -1,14 +1,18 @@
 """What a model has learned to see: pictures of any method's run, on test images or on your own.
 
     python show.py runs/mvmae-DATE-TIME                        on test images of its data set
-    python show.py RUN --images DIR --out FILE                 on the image files in DIR, drawn to FILE.png, .pdf, …
+    python show.py RUN --images DIR --out own.pdf              on the image files in DIR; also to .png or .svg
 
-Rows: the whole images, where the model sees only their central squares; these, masked, and restored; the first three
-principal components of the patches' tokens, of all images shown together, as red, green and blue: patches of one
-colour are alike to the model; where the last block's attention goes (from the class token, or from the mean query where
-there is none), mean over its heads, over the image and alone, and each head alone. Each map is stretched: black is its
-least, light yellow its most. Then what only the run's method has: CMAE's boxes and crops, MACRL's branches, CAMAE's
-masks. What is transparent in your images is white. Writes show.png beside the checkpoint.
+Rows of the picture, on test images (training images where there are none):
+  whole image     where the model sees only its central square
+  original, masked, reconstruction
+  tokens          the first three principal components of the patches' tokens, of all images shown together, as red,
+                  green and blue: patches of one colour are alike to the model
+  attention       where the last block's attention goes, from the class token, or from the mean query where there is
+                  none: the mean over its heads, over the image and alone, then each head alone. Each map is stretched:
+                  black is its least value, light yellow its most
+  the method's    CMAE's boxes and crops, MACRL's branches, CAMAE's masks
+What is transparent in your images is white. Writes show.png beside the checkpoint.
 """
 import pathlib, sys
 from dataclasses import replace
@@ -23,9 +27,8 @@ from torchvision.utils import draw_bounding_boxes
 from common import (Parser, answer, central_crop, check, denormalize, draw_images, load_data, normalize,
                     start_processes)
 from eval_linear import load_model
-from images import KINDS, read_image
+from images import KINDS, UserError
 from pictures import reconstruction_rows, restored_label
-
 
 
 # Panels: (model, normalised images (n, 3, H, W)) → rows of the picture, label → normalised images (n, 3, H, W)
@@ -50,9 +53,10 @@ def attention_panel(model, x):
 
 
 def crop_panel(model, x):
-    """CMAE's heat map M and box I over the image, and three crops around it; of this model, as if computed anew."""
+    """CMAE's heat map M and box I over the central square, and three crops around the box, by this model. (Training
+    computes them from whole squeezed images, so that its boxes differ.)"""
     cmae, cfg = sys.modules[type(model).__module__], model.cfg
-    heat, images = model.heat(x), denormalize(x)  # (n, side, side), 0…1
+    heat, images = model.heat(x), denormalize(x)  # (n, side, side), (n, 3, H, W), both 0…1
     boxes = cmae.semantic_boxes(heat, cfg.k).cpu()  # (n, 4)
     over = 0.5 * images + 0.5 * heat_map(heat.flatten(1), x)
     corners = (boxes[:, None, [1, 0, 3, 2]] * (x.shape[2] - 1)).round()  # (n, 1, 4) x, y, x, y
@@ -96,7 +100,7 @@ def attention_maps(encoder, x):
     """How the last block of any method's encoder attends to the patches of normalised images (n, 3, H, W): (n, K, N).
 
     Of each of the K heads the softmax over all tokens of the class token's query, or of the tokens' mean query where
-    there is no class token. By content alone: without Swin's windows, and its and HiViT's biases for place.
+    there is no class token. Biases for places (Swin, HiViT) and Swin's windows are left out.
     """
     attention = [module for module in encoder.modules() if hasattr(module, "qkv")][-1]
     entering = []
@@ -140,9 +144,11 @@ def heat_map(values, x):
 
 def on_white(file):
     """An image file upright in RGB, what is transparent in it white. Raises UserError."""
-    read_image(file, 1 << 16)  # says what is wrong with it
-    with Image.open(file) as image:
-        image = ImageOps.exif_transpose(image).convert("RGBA")
+    try:
+        with Image.open(file) as image:
+            image = ImageOps.exif_transpose(image).convert("RGBA")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{file}: can't be read as an image ({error}); mend it or take it away") from error
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
@@ -150,7 +156,8 @@ def own_images(folder, side, count):
     """The first `count` image files in `folder`, as load_images has images: uint8 (n, 3, side, side) and their aspect
     (n,); and the files' names. Raises UserError."""
     check(pathlib.Path(folder).is_dir(), "--images", folder, "is not a folder")
-    files = sorted(f for f in pathlib.Path(folder).rglob("*") if f.suffix.lower() in KINDS)[:count]
+    files = sorted(f for f in pathlib.Path(folder).rglob("*")
+                   if f.is_file() and f.suffix.lower() in KINDS)[:count]
     check(files, "--images", folder, f"holds no image ({' '.join(KINDS)})")
     pictures = [on_white(file) for file in files]
     squeezed = np.stack([p.resize((side, side), Image.Resampling.BICUBIC) for p in pictures])  # (n, side, side, 3)
@@ -168,6 +175,8 @@ def whole(image, aspect):
 def show(args):
     """Draws what the command line asks for; returns the file. Raises UserError."""
     check(args.count >= 1, "--count", args.count, "must be at least 1")
+    check(0 <= args.seed < 2 ** 32, "--seed", args.seed, "must be at least 0 and below 2^32")
+    check(not (args.images and args.data), "--data", args.data, "and --images exclude each other")
     folder = pathlib.Path(args.run)
     file = pathlib.Path(args.out) if args.out else (folder if folder.is_dir() else folder.parent) / "show.png"
     check(file.parent.is_dir(), "--out", file, "is in no folder that exists")
@@ -202,13 +211,14 @@ def main(argv=None):
     parser = Parser("show.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("run", help="the folder of a run, or one of its checkpoints")
     parser.add_argument("--images", default="", help="a folder of image files to show instead of test images")
-    parser.add_argument("--out", default="", help="the picture to write (default: show.png beside the checkpoint)")
+    parser.add_argument("--out", default="",
+                        help="the picture to write, .png, .pdf or .svg (default: show.png beside the checkpoint)")
     parser.add_argument("--data", default="", help="another data set than the run's: a name or a folder")
     parser.add_argument("--root", default="", help="where data sets are kept, if not where the run had them")
     parser.add_argument("--count", type=int, default=8, help="how many images")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of test images and of the masks")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    return answer("show.py", lambda: show(parser.parse_args(argv)))
+    return answer("show.py", lambda: show(parser.parse_args(argv)), "lower --count")
 
 
 if __name__ == "__main__":

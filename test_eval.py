@@ -167,6 +167,21 @@ def test_evaluation_reads_only_as_many_images_as_asked(checkpoints, little, monk
     assert eval_linear.main([str(checkpoints["mvmae"]), "--images", "40"]) == 0 and asked == [40]
 
 
+def test_raw_pixels_are_of_the_whole_crop():
+    """Of 64 pixels for an encoder of 64 the whole image, of 256 for 224 seven eighths of its side, shrunk to 32."""
+    for side, img, edge in ((64, 64, 0), (256, 224, 16)):
+        x = torch.zeros(2, 3, side, side, dtype=torch.uint8)
+        x[1, :, edge:side - edge, edge:edge + side // 8] = 255  # the left edge of what is seen
+        rows = eval_linear.raw_pixels(x, img, common.start_processes("cpu"), torch.ones(2)).view(2, 3, 32, 32)
+        assert rows[0].max() == 0 and rows[1, :, :, 0].min() > 0.99 and rows[1, :, :, 8:].max() == 0
+
+
+@pytest.mark.parametrize("program", [eval_linear, eval_dense])
+def test_evaluation_runs_alone(program, checkpoints, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert program.main([str(checkpoints["mvmae"])]) == 2 and "torchrun" in capsys.readouterr().err
+
+
 def test_tokens_of_one_encoder_leave_memory_before_the_next_come(checkpoints, little, monkeypatch):
     tokens_of, earlier = eval_linear.tokens_of, []
 
@@ -204,6 +219,8 @@ def test_without_labels_the_rank_remains_and_says_what_else_it_needs(checkpoints
     (eval_dense, "{run} --data {tmp}", ["--data", "images/training"]),
     (eval_dense, "{tmp}/nowhere", ["nowhere", "does not exist"]),
     (show, "{run} --count 0", ["--count", "0", "at least 1"]),
+    (show, "{run} --seed 99999999999999999999", ["--seed", "below 2^32"]),
+    (show, "{run} --images {tmp} --data shapes", ["--data", "--images exclude"]),
     (show, "{run} --images {tmp}/nowhere", ["--images", "nowhere", "not a folder"]),
     (show, "{run} --images {tmp}", ["--images", "holds no image"]),
     (show, "{run} --out {tmp}/no/folder/a.png", ["--out", "no folder"]),
@@ -320,7 +337,7 @@ def test_segmentation_writes_what_it_found(checkpoints, ade, data, capsys, monke
     run = checkpoints["mclim" if data == "shapes" else "mvmae"]
     asked = ["--baselines"] if data == "shapes" else ["--data", str(ade), "--ignore", "0"]
     assert eval_dense.main([str(run), *asked]) == 0
-    name = "eval_dense" if data == "shapes" else "eval_dense-ade"
+    name = "eval_dense" if data == "shapes" else f"eval_dense-{ade.parent.name}-{ade.name}"
     told, report = capsys.readouterr().out, json.loads((run / f"{name}.json").read_text())
     assert Image.open(run / f"{name}.png").size[0] > 500 and "probe: optimizer AdamW" in told
     names = ["trained encoder", "untrained encoder", "raw patches"]
@@ -693,7 +710,7 @@ def test_few_labels_make_a_batch_that_fits(checkpoints, little, tmp_path, capsys
         cfg = settings(checkpoints["mvmae"], tmp_path / str(batch), labels=0.5, batch=batch, steps=1)
         out, told = eval_finetune.train(cfg), capsys.readouterr().out
         assert json.loads((out / "config.json").read_text())["config"]["batch"] == taken
-        said = "--batch 2, a tenth of these, which fill no 21" in told
+        said = "--batch 2 instead of 21, for so few images" in told
         assert "20 labelled images" in told and said == (taken == 2)
 
 
@@ -1202,15 +1219,17 @@ def test_scores_are_those_of_a_run_that_is_trained_and_evaluated(tmp_path):
     job = compare.Job("a", "mclim", SMALL["mclim"], tmp_path, 12, 1.0)
     percent = {"knn_top1": 1.0, "linear_top1": 2.0, "attentive_top1": 3.0}
 
-    def scores(step, percent, images=SMALL["mclim"].images):
+    def scores(step, percent, images=SMALL["mclim"].images, checkpoint=tmp_path):
         (tmp_path / "metrics.csv").write_text(f"step,knn,images_per_second\n{step},,4.0\n")
-        report = {"percent": {"trained encoder": percent}, "effective_rank": {"trained encoder": 4.0}, "images": images}
+        report = {"percent": {"trained encoder": percent}, "effective_rank": {"trained encoder": 4.0}, "images": images,
+                  "checkpoint": str(checkpoint)}
         (tmp_path / "eval_linear.json").write_text(json.dumps(report))
         return compare.read_scores(job)
     assert compare.read_scores(job) is None
     assert scores(12, percent) == {**percent, "rank": 4.0}
     assert scores(11, percent) is None and scores(12, {"knn_top1": 1.0, "linear_top1": 2.0}) is None
     assert scores(12, percent, images=77) is None  # evaluated on other images than it was trained on
+    assert scores(12, percent, checkpoint=tmp_path / "previous.pt") is None
 
 
 def test_table_has_means_deviations_p_and_seconds(tmp_path, monkeypatch):
@@ -1224,7 +1243,7 @@ def test_table_has_means_deviations_p_and_seconds(tmp_path, monkeypatch):
             results[jobs[-1].folder] = {score: value + i for i, score in enumerate(compare.SCORES)}
             (jobs[-1].folder / "metrics.csv").write_text("step,knn,images_per_second\n8,,4.0\n8,0.5,\n12,,2.0\n")
     assert compare.trained(jobs[0]) == (12, 8 * 16 / 4 + 4 * 16 / 2)
-    text = compare.write_table(tmp_path, [*jobs, jobs[0]._replace(folder=tmp_path / "to come")], results, "a")
+    text = compare.write_table(tmp_path, [*jobs, replace(jobs[0], folder=tmp_path / "to come")], results, "a")
     p = compare.compare_with(scores, "a")
     with open(tmp_path / "table.csv", newline="") as file:
         a, b, one = csv.DictReader(file)

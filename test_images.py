@@ -1,6 +1,7 @@
 """Tests of images.py: augmentation against torchvision's, data sets, folders, batches."""
-import math, os, signal
+import math, os, signal, socket
 
+import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
@@ -109,6 +110,14 @@ def test_central_crop_is_the_usual_one():
         assert (whole - images.resize(TF.center_crop(true, [256, 256])[None], 300)).abs().max() < 0.02
     square = torch.rand(2, 3, 20, 20)
     assert torch.equal(images.central_crop(square, 20), images.resize(square, 20))
+    large = torch.rand(1, 3, 64, 64)  # stored far above 8/7 of 16: still 7/8 of the side
+    assert torch.allclose(images.central_crop(large, 16), images.resize(large[:, :, 4:60, 4:60], 16), atol=1e-5)
+
+
+def test_crops_of_a_very_long_image_are_not_empty():
+    for aspect in (300.0, 1 / 300):
+        x = torch.rand(8, 3, 32, 32)
+        assert images.random_resized_crop(x, 16, (0.2, 1.0), aspect=torch.full((8,), aspect)).isfinite().all()
 
 
 def test_each_image_has_its_own_random_numbers():
@@ -183,6 +192,22 @@ def test_all_of_an_image_is_stored(tmp_path):
     assert x[0, :, 20, [1, 20, 38]].T.tolist() == [[255, 0, 0], [0, 0, 0], [0, 0, 255]] and aspect.tolist() == [2]
 
 
+def test_images_are_read_upright_and_in_16_bits(tmp_path):
+    image, turned = Image.new("RGB", (40, 20)), Image.Exif()
+    turned[0x0112] = 6  # a camera's note: turn by 90°
+    image.save(tmp_path / "turned.jpg", exif=turned)
+    assert images.read_image(tmp_path / "turned.jpg", 20).size == (20, 40)
+    Image.fromarray(np.array([[0, 257, 25700, 65535]], np.uint16)).save(tmp_path / "deep.png")
+    assert np.array(images.read_image(tmp_path / "deep.png", 4))[0, :, 0].tolist() == [0, 1, 100, 255]
+
+
+def test_the_stored_side_is_of_more_than_every_fourth_image(tmp_path):
+    (tmp_path / "set").mkdir()
+    for i in range(300):  # every fourth is a thumbnail
+        Image.new("RGB", (8, 8) if i % 4 == 0 else (16, 16)).save(tmp_path / "set" / f"{i:03}.png")
+    assert common.load_images(str(tmp_path / "set"), "train", 32, tmp_path / "root")[0].shape[2] == 16
+
+
 def test_folders_without_classes_or_test_images_are_for_training(folder, tmp_path):
     def load(*parts):
         return [common.load_images(str(tmp_path.joinpath(*parts)), split, 16, tmp_path / "root")
@@ -220,9 +245,11 @@ def test_a_decoding_that_was_killed_leaves_nothing_behind(folder, tmp_path):
     left, = cache.iterdir()
     assert left.suffix == ".part"
     alive = left.with_suffix("").with_suffix(f".{os.getppid()}.part")  # of another process that decodes now
+    elsewhere = left.with_name(left.name.replace(socket.gethostname(), "another-machine"))
     alive.touch()
+    elsewhere.touch()
     common.load_images(str(folder), "train", 32, tmp_path / "root")
-    assert [file for file in cache.iterdir() if file.suffix == ".part"] == [alive]
+    assert {file for file in cache.iterdir() if file.suffix == ".part"} == {alive, elsewhere}
 
 
 @pytest.mark.parametrize("data, words", [("cifar10", "cifar-10-python.tar.gz (163 MB, from https://www.cs.toronto.edu"),

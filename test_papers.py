@@ -843,7 +843,7 @@ def test_attention_of_the_contrastive_pass_is_attention_in_full(autocast):
         tokens, entering = model.encoder(x, with_entering=True)
         block = model.encoder.blocks[-1]
         assert torch.equal(tokens, model.encoder(x)) and torch.equal(tokens, model.encoder.norm(block(entering)))
-        q, k = block.attn.qkv(block.norm1(entering)).unflatten(2, (3, 3, 16)).float().unbind(2)[:2]  # (B, 1 + N, K, D/K)
+        q, k = block.attn.qkv(block.norm1(entering)).unflatten(2, (3, 3, 16)).float().unbind(2)[:2]  # (B, 1 + N, K, d)
         attention = camae.class_attention(block, entering)
         assert attention.dtype == torch.float32 and torch.equal(attention, model.encoder.attention(x))
     for head in range(3):

@@ -390,7 +390,7 @@ BAD = {  # of every method: command, after which one line on standard error hold
     "download": ("--data cifar10 --root {tmp}/root", ["--data", "cifar10", "network", "shapes"]),
     "out": ("--tiny --data shapes --out {tmp}/broken", ["--out", "broken", "--resume"]),
     "no run": ("--resume {tmp}/empty", ["--resume", "empty", "config.json"]),
-    "no checkpoint": ("--resume {tmp}/unsaved", ["unsaved/previous.pt", "does not exist"]),
+    "no checkpoint": ("--resume {tmp}/unsaved", ["unsaved", "nothing has been saved"]),
     "truncated": ("--resume {tmp}/truncated", ["truncated/last.pt: is damaged", "truncated/previous.pt, the one"]),
     "not ours": ("--resume {tmp}/alien", ["alien/last.pt", "not a last.pt"]),
     "other method": ("--resume {tmp}/other", ["other", "is a run of mae.py"]),

@@ -1,6 +1,6 @@
 """Weights, whichever paper they are of: on disk, from elsewhere, and what they are worth while they train.
 
-A method file takes all from common.py.
+A method file imports all of it from common.py.
 """
 import contextlib, ctypes, dataclasses, functools, os, pathlib, sys, zipfile
 
@@ -42,7 +42,8 @@ def save_checkpoint(file, method, cfg, step, **parts):
 
 
 def read_file(flag, file):
-    """What torch.save wrote to `file`, tensors and plain values. Raises UserError if a bit of it is wrong."""
+    """What torch.save wrote to `file`, tensors and plain values. Raises UserError if a bit of it is wrong (torch's
+    old format, without checksums, aside)."""
     check(file.is_file(), flag, file, "does not exist")
     try:
         if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
@@ -58,7 +59,10 @@ def read_file(flag, file):
 def load_checkpoint(file, method=None, **parts):
     """Reads a file of save_checkpoint, or a run's newest, into `parts`; returns it. Raises UserError if it can't."""
     file = pathlib.Path(file)
-    file = file / ("last.pt" if (file / "last.pt").exists() else "previous.pt") if file.is_dir() else file
+    if file.is_dir():
+        there = [name for name in ("last.pt", "previous.pt") if (file / name).exists()]
+        check(there, "checkpoint", file, "holds neither last.pt nor previous.pt: nothing has been saved in it")
+        file = file / there[0]
     state = read_file("checkpoint", file)
     check(isinstance(state, dict) and "method" in state, "checkpoint", file, "is not a last.pt of this project")
     check(method in (None, state["method"]), "checkpoint", file, f"is of {state['method']}, not of {method}")
@@ -76,13 +80,14 @@ def init_encoders(model, file):
     """--init: a run's encoder, or a ViT of timm's, becomes model.encoder and its momentum copy, as the run begins.
 
     file: a run's folder, its encoder.pt, or a state dict of timm's; "" for nothing. A timm classifier's head is left
-    out. Raises UserError, which lists what does not fit.
+    out. Raises UserError, which says what does not fit.
     """
     if not file or model.cfg.resume:
         return
     file, ours = pathlib.Path(file), model.encoder.state_dict()
     state = read_file("--init", file / "encoder.pt" if file.is_dir() else file)
     check(isinstance(state, dict), "--init", file, "holds no state dict")
+    check("method" not in state, "--init", file, "is a checkpoint: name the run's folder or its encoder.pt")
     state = state.get("model", state)  # MAE's published files
     aside = [name for name in state if name.startswith(("head.", "fc_norm."))]
     state = {name: value for name, value in state.items() if name not in aside}
@@ -92,7 +97,8 @@ def init_encoders(model, file):
     wrong += [f"{name} is left over" for name in state if name not in ours]
     wrong += [f"{name} is {tuple(value.shape)}, not {tuple(ours[name].shape)}" for name, value in state.items()
               if name in ours and value.shape != ours[name].shape]
-    check(not wrong, "--init", file, f"does not fit: {', '.join(wrong)}")
+    more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+    check(not wrong, "--init", file, f"does not fit: {', '.join(wrong[:5])}{more}")
     for network in model.children():
         if network.state_dict().keys() == ours.keys():
             network.load_state_dict(state)
@@ -191,12 +197,12 @@ def effective_rank(features):
     entropy of their singular values, each as a share of their sum."""
     sigma = torch.linalg.svdvals(features.float())
     p = sigma / sigma.sum().clamp(min=1e-12) + 1e-7
-    return (-p * p.log()).sum().exp().item()
+    return torch.special.entr(p).sum().exp().item()
 
 
 def check_features(encoder, train, test, cfg, here):
-    """{"rank": effective_rank of the same 2,000 training images each time, "knn": online_knn}; without "knn" where two
-    classes or labelled test images are wanting."""
+    """{"rank": effective_rank of the same 2,000 training images each time, "knn": online_knn}; no "knn" where the
+    training labels have fewer than two classes or no test image has a label."""
     ids = fixed_choice(len(train[0]), 2_000)
     found = {"rank": effective_rank(extract_features(encoder, train[0][ids], cfg.img, here, cfg.amp, train[2][ids]))}
     if test is not None and (test[1] >= 0).any() and len(train[1][train[1] >= 0].unique()) > 1:

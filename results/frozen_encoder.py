@@ -2,7 +2,9 @@
 
     python results/frozen_encoder.py --tiny --data data/cifar10 --images 10000          flags of cmae.py may follow
 
-Only the projection, the decoder and the location head are trained. The momentum encoder is the same frozen one.
+Only the projection, the decoder and the location head are trained. The momentum encoder is the same frozen one. A
+stopped run goes on with `python results/frozen_encoder.py --resume FOLDER`, not with the line for cmae.py that the
+program prints.
 """
 import pathlib, sys
 

@@ -13,6 +13,8 @@ import matplotlib.pyplot as plt
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
+from common import answer
+
 METHODS, IMAGES = ("mclim", "mvmae", "cmae", "macrl", "camae"), (500, 1000, 2000)
 BATCHES = {4: 60, 16: 30, 64: 10, 256: 5}  # and the steps of each
 
@@ -26,8 +28,8 @@ def measure(method, data, **changes):
         module.train(cfg)
         seconds = time.perf_counter() - begin
         with open(f"{folder}/run/metrics.csv", newline="") as file:
-            rates = [row["images_per_second"] for row in csv.DictReader(file)]
-    return float([rate for rate in rates if rate][-1]), seconds
+            rates = [float(row["images_per_second"]) for row in csv.DictReader(file) if row["images_per_second"]]
+    return rates[-1], seconds
 
 
 def draw(rows):
@@ -58,12 +60,12 @@ def main(data):
             _, seconds = measure(method, data, images=n, epochs=1, warmup=0.2)
             rows.append({"method": method, "batch": 128, "images": n, "images_per_second": "",
                          "seconds": round(seconds, 1)})
-    with open(HERE / "speed.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+        with open(HERE / "speed.csv", "w", newline="") as file:  # after each method
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
     draw(rows)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(answer("speed.py", lambda: main(*(sys.argv[1:] or ["data/cifar10"]))))

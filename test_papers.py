@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode  # documented, though its module's name begins with _
+from torchvision.transforms.functional import rgb_to_grayscale
 
-import camae, cmae, common, eval_finetune, images, macrl, mclim, mvmae
+import camae, cmae, common, eval_finetune, macrl, mclim, mvmae
 from test_smoke import HERE, METHODS, MODULES, SMALL, build, every_method, few, normal  # few is a fixture
 
 BACKBONES = [SMALL["mclim"], replace(SMALL["mclim"], backbone="swin", dim=192),
@@ -1124,7 +1125,7 @@ def test_branch_s_changes_its_colours_more_and_the_targets_are_not():
         share = changed(replace(cfg, **{**none, name: 0.6}))
         assert share == pytest.approx([0.6, 0] if name.endswith("s") else [0, 0.6], abs=0.08), name
     grey = macrl.change_colours(clean, replace(cfg, **{**none, "gray_s": 1.0}))[0]
-    assert torch.allclose(grey, common.normalize(images.grayscale(clean[0]).expand(-1, 3, -1, -1)), atol=1e-5)
+    assert torch.allclose(grey, common.normalize(rgb_to_grayscale(clean[0], 3)), atol=1e-5)
     whole = torch.rand(400, 3, 64, 64)
     for least in ((0.2, 0.9), (0.9, 0.2)):  # the larger a crop, the more is noise averaged out
         crops = macrl.clean_views(whole, replace(cfg, crop_min_s=least[0], crop_min_w=least[1]))
@@ -1189,7 +1190,7 @@ def test_training_restores_the_crop_before_its_colours_were_changed(few, tmp_pat
         assert len(targets) == (2 if restore == "clean" else 0)
         if targets:
             target1, target2 = targets
-            grey = images.grayscale(common.denormalize(target1)).expand(-1, 3, -1, -1)
+            grey = rgb_to_grayscale(common.denormalize(target1), 3)
             assert torch.allclose(common.denormalize(view1), grey, atol=1e-5) and torch.equal(view2, target2)
             assert not torch.allclose(view1, target1)
 

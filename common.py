@@ -235,7 +235,7 @@ class Run:
         self.method, self.cfg, self.here, self.per_epoch, self.columns = method, cfg, here, per_epoch, columns
         self.steps, self.warmup = schedule(cfg, per_epoch)
         self.rows, self.sums, self.asked, self.leaving, self.stopped, self.live = [], {}, math.inf, False, False, False
-        self.signal = self.begun = self.logged = self.drawn = self.warned = 0
+        self.signal = self.first_step = self.logged_step = self.drawn_time = self.warned = 0
         if here.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=bool(cfg.out))
             held = {f.name for f in self.folder.iterdir()} - {"config.part"}
@@ -244,7 +244,7 @@ class Run:
                 left.unlink()
         for sign in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sign, self.stop)
-        self.began = self.clock = self.shown = time.time()
+        self.start_time = self.clock = self.shown_time = time.time()
 
     def stop(self, sign, frame):
         """Notes a signal for `log`. Another one, a second later, ends the program; torchrun sends each twice."""
@@ -264,12 +264,12 @@ class Run:
             started = read_facts(self.folder, self.method, type(cfg))["processes"]
             check(started == world, "--resume", self.folder, f"was started with {started} processes: "
                   + self.command(f"{self.method}.py --resume", started))
-            self.begun = self.logged = load_checkpoint(self.folder, self.method, **parts)["step"]
+            self.first_step = self.logged_step = load_checkpoint(self.folder, self.method, **parts)["step"]
             with open(self.folder / "metrics.csv", newline="") as file:
                 whole = [row for row in csv.DictReader(file) if None not in row.values()]
         if rank == 0:
             if cfg.resume:
-                self.write(*(row for row in whole if int(row["step"]) <= self.begun))
+                self.write(*(row for row in whole if int(row["step"]) <= self.first_step))
             else:
                 facts = {"method": self.method, "config": dataclasses.asdict(cfg), "command": shlex.join(sys.argv),
                          "git": git_commit(), "python": sys.version.split()[0], "torch": torch.__version__,
@@ -284,7 +284,7 @@ class Run:
             self.tell(f"{self.method} on {place}, {precision}; {size:.1f} M parameters, {own:.1f} M in the encoder; "
                       f"{self.per_epoch * cfg.batch * world:,} images and {self.per_epoch:,} steps an epoch, "
                       f"{self.steps:,} steps in all, {self.warmup:,} of them warm-up; folder {self.folder}")
-        return self.begun
+        return self.first_step
 
     def tell(self, line, live=False):
         """Prints a line. On a terminal a live one is cut to its width, and the next live one takes its place."""
@@ -297,9 +297,9 @@ class Run:
 
     def command(self, program, processes=1):
         """What to type so that so many processes of `program` take up this run."""
-        python = min(sys.executable, os.path.relpath(sys.executable), key=len)
+        python, here = min(sys.executable, os.path.relpath(sys.executable), key=len), pathlib.Path(__file__)
         many = f"-m torch.distributed.run --nproc-per-node {processes} " if processes > 1 else ""  # torchrun
-        return f"{python} {many}{program} {shlex.quote(str(self.folder))}"
+        return f"{python} {many}{os.path.relpath(here.with_name(program))} {shlex.quote(str(self.folder))}"
 
     def write(self, *rows):
         """Adds rows, column → value, to metrics.csv; the first ones of this process make the file anew."""
@@ -324,9 +324,9 @@ class Run:
         for name, value in losses.items():
             total, n = self.sums.get(name, (0.0, 0))
             self.sums[name] = total + value.detach(), n + 1
-        self.leaving, first = self.signal > 0 and self.here.world == 1, step == self.begun + 1
+        self.leaving, first = self.signal > 0 and self.here.world == 1, step == self.first_step + 1
         due = step % self.per_epoch % self.cfg.log_every == 0 or step == self.steps or self.leaving
-        if not (due or first or time.time() > self.shown + 10):
+        if not (due or first or time.time() > self.shown_time + 10):
             return
         means = {name: float(total) / n for name, (total, n) in self.sums.items()}
         terms = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
@@ -336,7 +336,7 @@ class Run:
             asked = torch.tensor(self.signal, device=self.here.device)
             dist.all_reduce(asked, dist.ReduceOp.MAX)
             self.signal, self.leaving = int(asked), bool(asked)
-        pace = (time.time() - self.clock) / (step - self.logged)
+        pace = (time.time() - self.clock) / (step - self.logged_step)
         if self.here.rank == 0:
             epoch, epochs, left = step / self.per_epoch, self.steps / self.per_epoch, (self.steps - step) * pace
             speed = self.cfg.batch * self.here.world / pace
@@ -348,9 +348,9 @@ class Run:
             if not first and left > 86_400 and self.here.device.type == "cpu" and not (self.warned or self.cfg.tiny):
                 self.tell(f"at this pace it takes {left / 86_400:.1f} days on this CPU; --tiny is made for CPUs")
                 self.warned = True
-        self.shown = time.time()
+        self.shown_time = time.time()
         if due or first:
-            self.sums, self.logged, self.clock = {} if due else self.sums, step, time.time()
+            self.sums, self.logged_step, self.clock = {} if due else self.sums, step, time.time()
 
     def save(self, step, train, test, model, **parts):
         """At an epoch's or the training's end or after a signal: encoder.pt, check_features and pictures if due, then
@@ -372,23 +372,23 @@ class Run:
                 knn = f"kNN top-1 {100 * found['knn']:.1f} %" if "knn" in found else (
                     "no kNN without training images of two classes and labelled test images")
                 self.tell(f"after epoch {epoch}: effective rank {found['rank']:.1f}, {knn}")
-            if self.leaving or step == self.steps or time.time() - self.drawn > 60:
+            if self.leaving or step == self.steps or time.time() - self.drawn_time > 60:
                 images, _, aspect = test or train or (None, None, None)
                 if images is not None:
                     ids = fixed_choice(len(images), 8)
                     x = normalize(central_crop(images[ids].to(self.here.device), self.cfg.img, aspect[ids]))
                     draw_images(self.folder / "reconstruction.png", reconstruction_rows(model, x))
                 draw_curves(self.folder / "curves.png", self.rows)
-                self.drawn = time.time()
+                self.drawn_time = time.time()
             save_checkpoint(self.folder / "last.pt", self.method, self.cfg, step, model=model, **parts)
-        self.stopped, self.clock, self.logged = self.leaving, time.time(), step
+        self.stopped, self.clock, self.logged_step = self.leaving, time.time(), step
 
     def finish(self, following=("eval_linear.py", "show.py")):
         """Says where everything is and which programs are next; returns the folder, or exits with 128 + the signal."""
         for sign, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
             signal.signal(sign, usual)
         if self.here.rank == 0:
-            seconds, cuda = round(time.time() - self.began), self.here.device.type == "cuda"
+            seconds, cuda = round(time.time() - self.start_time), self.here.device.type == "cuda"
             peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory" if cuda else ""
             self.tell(f"{'stopped' if self.stopped else 'done'} after {datetime.timedelta(seconds=seconds)}{peak}; "
                       f"pictures, metrics, checkpoints: {self.folder}")

@@ -18,7 +18,7 @@ two-sided, the variance pooled over all rows. A star marks p < 0.01; among many 
 """
 import csv, dataclasses, datetime, gc, importlib, json, math, os, pathlib, re, shlex, shutil, statistics, sys, time
 
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 import eval_linear
 from common import (RESUMABLE, Parser, UserError, answer, check, command_line, init_encoders, load_data, read_facts,
@@ -198,8 +198,8 @@ def write_table(out, jobs, results, baseline):
 def draw_table(file, single, baseline):
     """Draws `single`, score → row → values: runs as dots, mean and deviation below; a line at the baseline's mean."""
     rows = list(single["rank"])
-    figure, axes = plt.subplots(1, len(single), sharey=True, layout="constrained", figsize=(12, 0.42 * len(rows) + 1.1))
-    for axis, (score, values) in zip(axes, single.items()):
+    figure = Figure(figsize=(12, 0.42 * len(rows) + 1.1), layout="constrained")
+    for axis, (score, values) in zip(figure.subplots(1, len(single), sharey=True), single.items()):
         for place, row in enumerate(rows):
             axis.plot(values[row], [place - 0.14] * len(values[row]), "o", color=f"C{place % 10}", alpha=0.6, mew=0)
             axis.errorbar(statistics.mean(values[row]), place + 0.2, color=f"C{place % 10}", fmt="D", ms=4, capsize=3,
@@ -208,7 +208,6 @@ def draw_table(file, single, baseline):
         axis.set(title=SCORES[score], yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
         axis.grid(alpha=0.3)
     figure.savefig(file, dpi=100)
-    plt.close(figure)
 
 
 def compare(args, flags):

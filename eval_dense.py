@@ -22,7 +22,7 @@ Writes eval_dense.json and eval_dense.png (with --data, eval_dense-DATA.json and
 import argparse, json, math, os, pathlib, sys, time
 from concurrent.futures import ThreadPoolExecutor
 
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 import torch
 import torch.nn as nn
@@ -141,7 +141,7 @@ def raw_patches(images, grid, here, like=None):
 
 def palette(classes):
     """A colour for each class, (classes, 3), 0…1: grey for the first, for the others twenty hues, repeated."""
-    hues = plt.get_cmap("tab20")(np.arange(20))[[*range(0, 14, 2), *range(16, 20, 2), *range(1, 20, 2), 14], :3]
+    hues = matplotlib.colormaps["tab20"](np.arange(20))[[*range(0, 14, 2), *range(16, 20, 2), *range(1, 20, 2), 14], :3]
     return torch.from_numpy(np.concatenate([[[0.3, 0.3, 0.3]], np.resize(hues, (max(1, classes - 1), 3))])).float()
 
 

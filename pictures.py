@@ -1,15 +1,12 @@
 """What is drawn: curves of a run, rows of images, a confusion matrix."""
 import re
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure  # without pyplot: files are drawn without a screen, and a notebook keeps its own
 from matplotlib.patches import Patch
 
 from images import denormalize
-
-matplotlib.use("Agg")  # draws to files, on machines without a screen too
 
 TITLES = {"knn": "kNN top-1 in %", "rank": "effective rank", "lr": "learning rate", "test top": "test accuracy in %"}
 
@@ -23,7 +20,7 @@ def draw_curves(file, rows):
         if points:
             panels.setdefault(re.sub(r" \w\w?$", "", name), {})[name] = points
     lines = np.array_split(list(panels), -(-len(panels) // 5))  # of at most five panels, and no two much unlike
-    figure = plt.figure(figsize=(3.2 * len(lines[0]), 2.8 * len(lines)), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(lines[0]), 2.8 * len(lines)), layout="constrained")
     for part, titles in zip(figure.subfigures(len(lines), squeeze=False)[:, 0], lines):
         for axis, title in zip(part.subplots(1, len(titles), squeeze=False)[0], titles):
             for name, points in panels[title].items():
@@ -33,7 +30,6 @@ def draw_curves(file, rows):
             axis.set(title=TITLES.get(title, title.replace("_", " ")), xlabel="epoch")
             axis.grid(alpha=0.3)
     figure.savefig(file, dpi=100)
-    plt.close(figure)
 
 
 def restored_label(model):
@@ -53,20 +49,21 @@ def draw_images(file, rows, names=(), legend={}):
     names: of the columns, written under them; legend: label → colour (3,), 0…1, written under all.
     """
     n = max(map(len, rows.values()))
-    figure, axes = plt.subplots(len(rows), n, squeeze=False, layout="constrained",
-                                figsize=(1.3 * n + 1.2, 1.35 * len(rows) + 0.3 * bool(names) + 0.6 * bool(legend)))
+    size = 1.3 * n + 1.2, 1.35 * len(rows) + 0.3 * bool(names) + 0.6 * bool(legend)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(rows), n, squeeze=False)
     for row, (label, images) in zip(axes, rows.items()):
         row[0].set_ylabel(label, rotation=0, ha="right", va="center")
         for axis, image in zip(row, images):
             axis.imshow(denormalize(image.float().cpu()).permute(1, 2, 0).numpy(), interpolation="nearest")
-        plt.setp(row, xticks=[], yticks=[])
+        for axis in row:
+            axis.set(xticks=[], yticks=[])
     for axis, name in zip(axes[-1], names):
         axis.set_xlabel(name if len(name) < 19 else f"{name[:9]}…{name[-8:]}", fontsize="x-small", parse_math=False)
     if legend:
         patches = [Patch(color=colour, label=label) for label, colour in legend.items()]
         figure.legend(handles=patches, loc="outside lower center", ncols=6, fontsize="small", frameon=False)
     figure.savefig(file, dpi=100)
-    plt.close(figure)
 
 
 def draw_confusion(file, truth, guess, names, by):
@@ -75,7 +72,8 @@ def draw_confusion(file, truth, guess, names, by):
     n = len(names)
     counts = torch.bincount(truth * n + guess, minlength=n * n).reshape(n, n).double()
     share = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
-    figure, axis = plt.subplots(figsize=(8, 7), layout="constrained")
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    axis = figure.subplots()
     figure.colorbar(axis.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100), label="% of the true class")
     axis.set(xlabel=f"predicted by the {by}", ylabel="true class")
     if n <= 20:
@@ -85,4 +83,3 @@ def draw_confusion(file, truth, guess, names, by):
             for j, value in enumerate(row):
                 axis.text(j, i, f"{value:.0f}", ha="center", va="center", color="white" if value > 50 else "black")
     figure.savefig(file, dpi=100)
-    plt.close(figure)

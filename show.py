@@ -17,7 +17,7 @@ What is transparent in your images is white. Writes show.png beside the checkpoi
 import pathlib, sys
 from dataclasses import replace
 
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -136,7 +136,7 @@ def heat_map(values, x):
     most."""
     low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
     scaled = (values - low) / (high - low).clamp(min=1e-12)  # 0…1
-    colours = torch.from_numpy(plt.get_cmap("inferno")(scaled.cpu().numpy())[..., :3]).float()  # (n, N, 3)
+    colours = torch.from_numpy(matplotlib.colormaps["inferno"](scaled.cpu().numpy())[..., :3]).float()  # (n, N, 3)
     return patches_to_image(colours.to(x.device), x)
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
@@ -430,8 +432,8 @@ def test_the_bytes_that_a_step_keeps_are_those_that_the_allocator_counts(method,
 
 def test_confusion_matrix_is_of_the_true_class(tmp_path, monkeypatch):
     truth, guess, shown = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 2, 1, 0]), []
-    imshow = pictures.plt.Axes.imshow
-    monkeypatch.setattr(pictures.plt.Axes, "imshow", lambda axis, a, **kw: shown.append(a) or imshow(axis, a, **kw))
+    imshow = Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda axis, a, **kw: shown.append(a) or imshow(axis, a, **kw))
     pictures.draw_confusion(tmp_path / "confusion.png", truth, guess, ["a", "b", "c"], "test")
     assert shown[0].tolist() == [[75, 0, 25], [50, 50, 0], [0, 0, 0]] and (tmp_path / "confusion.png").exists()
 
@@ -805,12 +807,23 @@ def test_torchrun_fine_tunes_and_one_process_writes(checkpoints, tmp_path):
 
 # Pictures
 
+def test_a_notebook_keeps_its_way_of_drawing():
+    code = "import sys, matplotlib, compare, eval_dense, eval_finetune, show; print('matplotlib.pyplot' in sys.modules)"
+    assert run("-c", code).stdout == "False\n"
+
+
+def test_commands_that_are_named_hold_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(common.Run.command(types.SimpleNamespace(folder=tmp_path), "mvmae.py --resume"))
+    assert pathlib.Path(words[1]).samefile(HERE / "mvmae.py") and words[2:] == ["--resume", str(tmp_path)]
+
+
 def test_curves_have_no_empty_panels_and_knn_in_percent(tmp_path, monkeypatch):
     names = ["step", "epoch", "lr", "knn", "rank", "loss", "contrast", "p 1", "p 2", "images_per_second"]
     rows, axes = [dict(zip(names, range(i, 10 + i))) for i in range(4)], []
     rows += [{"step": 4, "epoch": 4, "knn": 0.5, "rank": 33.0}]
-    close = pictures.plt.close
-    monkeypatch.setattr(pictures.plt, "close", lambda figure: axes.extend(figure.axes) or close(figure))
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *to, **kw: axes.extend(figure.axes) or save(figure, *to))
     pictures.draw_curves(tmp_path / "curves.png", rows)
     assert Image.open(tmp_path / "curves.png").size == (320 * 4, 280 * 2)  # seven: four and three
     titles = [axis.get_title() for axis in axes]
@@ -1234,7 +1247,8 @@ def test_scores_are_those_of_a_run_that_is_trained_and_evaluated(tmp_path):
 
 def test_table_has_means_deviations_p_and_seconds(tmp_path, monkeypatch):
     shown, jobs, results = [], [], {}
-    monkeypatch.setattr(compare.plt, "close", shown.append)
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *to, **kw: shown.append(figure) or save(figure, *to, **kw))
     scores = {"a": [10.0, 12.0, 14.0], "b": [30.0, 31.0, 35.0], "only one": [11.0]}
     for row, values in scores.items():
         for seed, value in enumerate(values):

@@ -286,11 +286,11 @@ def resize(images, size):
 
 
 def central_crop(images, size, aspect=None):
-    """Evaluation's crop, (B, 3, size, size): the central square of 7/8 of the true image's shorter side, as 224 of 256,
-    or of size / S, at most 1, where that is more. aspect (B,): width over height before squeezing; None: unsqueezed."""
+    """Evaluation's crop, (B, 3, size, size): the central square of size / S of the true image's shorter side, as 224 of
+    256; at most 1, and 7/8 where S is larger. aspect (B,): width over height before squeezing; None: unsqueezed."""
     B, _, H, W = images.shape
     shape = (torch.full((B,), W / H) if aspect is None else aspect).to(images.device)      # width over height
-    share = min(1, max(size / min(H, W), 7 / 8))
+    share = min(1, size / min(H, W)) if min(H, W) <= round(size * 8 / 7) else 7 / 8
     height = (H * share * shape.clamp(max=1)).round().long().clamp(min=1)
     width = (W * share / shape.clamp(min=1)).round().long().clamp(min=1)
     return crop_resize(images, ((H - height) // 2, (W - width) // 2, height, width), size)

@@ -106,8 +106,7 @@ class Config:
         check(self.lam_ctr + self.lam_loc + self.lam_con > 0, "--lam-ctr, --lam-loc, --lam-con", 0, "must be not all 0")
         check(self.lam_ctr == 0 or self.batch >= 2, "--batch", self.batch, "must be at least 2 to have negatives")
         check_above(self, 0, "tau alpha crop_min crop_every")
-        check_share(self, "momentum crop_min")
-        check(0 <= self.k < 1, "--k", self.k, "must lie between 0 and 1, and not be 1")
+        check_share(self, "momentum crop_min k")
         attends = self.decoder == "transformer" or (self.decoder.startswith("hybrid") and self.decoder_depth > 1)
         learns = (self.lam_con > 0 and attends) or (self.lam_ctr > 0 and self.pool == "cls")  # the class token's query
         check(self.heat == "features" or learns or self.crop_from >= self.epochs, "--heat", self.heat,

@@ -408,7 +408,7 @@ BAD_OWN = {
               "width": ("--decoder-dim 100", ["--decoder-dim", "100", "--decoder-heads 16"])},
     "cmae": {"choice": ("--decoder lstm", ["--decoder", "lstm", "hybrid-conv"]),
              "weights": ("--lam-ctr 0 --lam-loc 0 --lam-con 0", ["--lam-ctr", "not all 0"]),
-             "threshold": ("--k 1", ["--k", "1.0", "between 0 and 1"])},
+             "threshold": ("--k 1.1", ["--k", "1.1", "between 0 and 1"])},
     "macrl": {"choice": ("--keys frozen", ["--keys", "frozen", "shared"]),
               "ratios": ("--mask 0.3", ["--mask-w", "0.5", "--mask 0.3"]),
               "no mask": ("--mask-w 0.001", ["--mask-w", "0.001", "--pixels"]),

@@ -302,7 +302,7 @@ def train(cfg):
     if cfg.recompute:
         recompute(model)
     net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model
-    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws as without
+    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws as without compiling
     peak = cfg.lr * cfg.batch * here.world / 256  # §4.2's base rate, by MAE's rule
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, betas=(0.9, 0.95), fused=True)  # MAE's
 

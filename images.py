@@ -212,7 +212,7 @@ class Batches:
         self.images, _, self.aspects = data
         self.among = torch.arange(len(self.images)) if among is None else among
         check(batch * here.world <= len(self.among), "--batch", batch,
-              f"times {here.world} processes: there are only {len(self.among)} training images")
+              f"there are only {len(self.among)} training images" + f" for {here.world} processes" * (here.world > 1))
         room = torch.cuda.mem_get_info(here.device)[0] // 4 if here.device.type == "cuda" else 0
         self.images = self.images.to(here.device) if self.images.nbytes < room else self.images
         self.batch, self.seed, self.here, self.epoch = batch, seed, here, None

@@ -222,7 +222,7 @@ def train(cfg):
     if cfg.recompute:
         recompute(model)
     net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model
-    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws as without
+    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws as without compiling
     peak = cfg.lr * cfg.batch * here.world / 256  # MAE's rule: base rate · images of a step / 256
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, betas=(0.9, 0.95), fused=True)  # §4.1.1
 

@@ -18,10 +18,10 @@ One training step on B images of N patches with P values each, and K heads (the 
     f_xi, g_xi ← momentum·(f_xi, g_xi) + (1 - momentum)·(f, g)   # Figure 1
     after each epoch: p = 0.01·p + 0.99·softmax(L_m/0.2)         # Eq. 4     (K,), L_m of each head
 
-What may change the result, because the paper leaves it open: the scale of L_m in Eq. 4 (--plb-loss; with the mean, p
-stayed nearly even in small runs), momentum (--momentum), a frozen patch embedding (--freeze-patch), normalised pixels
-(--norm-pixels), augmentations (--crop-min …), --lr; and, without a flag, that the mask follows the attention of f's
-class token, not of f_xi's, and that one head serves all images of a step.
+What may change the result, because the paper leaves it open: the scale of L_m in Eq. 4 (--plb-loss; with the mean,
+every head kept a good share in small runs), momentum (--momentum), a frozen patch embedding (--freeze-patch),
+normalised pixels (--norm-pixels), augmentations (--crop-min …), --lr; and, without a flag, that the mask follows the
+attention of f's class token, not of f_xi's, and that one head serves all images of a step.
 
     torchrun --nproc-per-node 8 camae.py --data PATH         the paper's experiment, on ImageNet
     python camae.py --tiny --data shapes                     a first look on a laptop

@@ -153,9 +153,10 @@ def test_masked_pixels_do_not_reach_the_encoder(cfg):
 
 
 @pytest.mark.parametrize("cfg", BACKBONES, ids=lambda cfg: cfg.backbone)
-@pytest.mark.parametrize("head", ["linear", "mlp", "vit"])
-def test_gradients_leave_out_branch_2_and_the_patch_embedding(cfg, head):
-    model = build(replace(cfg, head=head))
+@pytest.mark.parametrize("head, target", [("linear", "shared"), ("mlp", "shared"), ("vit", "shared"),
+                                          ("mlp", "momentum")])
+def test_gradients_leave_out_averages_and_the_patch_embedding(cfg, head, target):
+    model = build(replace(cfg, head=head, target=target))
     model(normal(4, 3, 16, 16), normal(4, 3, 16, 16, seed=1))["loss"].backward()
     for name, p in model.named_parameters():
         frozen = name.startswith(("F2.", "T2.", "encoder.patch_embed."))
@@ -176,12 +177,13 @@ def test_backbones_for_evaluation(cfg):
     assert torch.allclose(prediction[visible], x[visible]) and not torch.allclose(prediction, x)
 
 
-@pytest.mark.parametrize("change", [{}, {"l1": "rec"}, {"contrast": "infonce", "lam": 0.5}, {"target": "shared"},
+@pytest.mark.parametrize("change", [{}, {"l1": "rec"}, {"contrast": "infonce", "lam": 0.5}, {"target": "momentum"},
                                     {"norm_pixels": False}, {"pool": "visible"}])
 def test_forward_is_section_2(change):
     cfg = replace(SMALL["mclim"], **change)
     torch.manual_seed(0)
     model, view1, view2 = mclim.MCLim(cfg), normal(6, 3, 16, 16), normal(6, 3, 16, 16, seed=1)
+    assert (model.F2 is model.encoder and model.T2 is model.T1) == (cfg.target == "shared")
     if cfg.target == "momentum":
         with torch.no_grad():
             model.F2.norm.weight.add_(0.1)  # so that the branches differ
@@ -203,7 +205,7 @@ def test_forward_is_section_2(change):
 
 def test_moco_v3_and_simmim_fall_out_of_flags():
     view1, view2 = normal(4, 3, 16, 16), normal(4, 3, 16, 16, seed=1)
-    moco = mclim.MCLim(replace(SMALL["mclim"], mask=0.0, lam=0.0))
+    moco = mclim.MCLim(replace(SMALL["mclim"], mask=0.0, lam=0.0, target="momentum"))
     losses = moco(view1, view2)
     z = [part(net(view)).mean(1) for part, net, view in ((moco.T1, moco.encoder, view1), (moco.T2, moco.F2, view2))]
     assert set(losses) == {"loss", "contrast"} and not moco.mask_token.requires_grad      # λ = 0: not computed
@@ -212,7 +214,7 @@ def test_moco_v3_and_simmim_fall_out_of_flags():
     losses = simmim(view1, view2)
     assert set(losses) == {"loss", "reconstruction"} and losses["loss"] == losses["reconstruction"]
     assert not hasattr(simmim, "F2")
-    free = mclim.MCLim(replace(SMALL["mclim"], freeze_patch=False))
+    free = mclim.MCLim(replace(SMALL["mclim"], freeze_patch=False, target="momentum"))
     free(view1, view2)["loss"].backward()
     assert free.encoder.patch_embed.proj.weight.grad.abs().sum() > 0
     assert not free.F2.patch_embed.proj.weight.requires_grad
@@ -234,7 +236,8 @@ def test_prediction_of_normalised_pixels_is_shown_as_pixels():
 
 
 def test_branch_2_is_the_momentum_average(few, tmp_path):
-    cfg = replace(SMALL["mclim"], batch=32, epochs=1, warmup=0, momentum=0.9, amp=False, out=str(tmp_path / "run"))
+    cfg = replace(SMALL["mclim"], batch=32, epochs=1, warmup=0, target="momentum", momentum=0.9, amp=False,
+                  out=str(tmp_path / "run"))
     mclim.train(cfg)                                                                       # one step
     torch.manual_seed(cfg.seed)
     start, end = mclim.MCLim(cfg).state_dict(), common.load_checkpoint(tmp_path / "run")["model"]

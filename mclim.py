@@ -3,7 +3,7 @@ of Computing & Information Science 7(5), 2024, doi:10.25236/AJCIS.2024.070513.
 
 One branch sees a view of an image with most patches masked and reconstructs it; a second branch, with the same weights
 (a choice made here), sees another view, unmasked. One projection T serves both tasks: its outputs, rearranged, are the
-reconstructed pixels, and their mean over the tokens (again a choice) is contrasted. The contrastive loss leaves the
+reconstructed pixels, and their mean over the tokens (also a choice) is contrasted. The contrastive loss leaves the
 positive pair out of its denominator (DCL), so that it depends less on large batches.
 
 One training step on B images of N patches, D the width of a token, P the number of values of a patch:
@@ -12,15 +12,15 @@ One training step on B images of N patches, D the width of a token, P the number
     tokens1 = F1(view1, its masked patches replaced by a vector)  # Eq. 1     (B, N, D)
     Z1 = T1(tokens1)                                              # Eq. 3     (B, N, P)
     L1 = MSE(PixelShuffle(Z1), view1 with each patch normalised)  # Eq. 4, 6  a number, of the masked patches
-    Z2 = T2(F2(view2)), where F2 = F1 and T2 = T1                 # Eq. 2, 5  (B, N, P)
+    Z2 = T2(F2(view2)), where F2 = F1 and T2 = T1                 # Eq. 2, 5  (B, N, P), with gradient, too
     L2 = DCL(Z1.mean(1), Z2.mean(1))                              # Eq. 8, 9  a number, of vectors (B, P)
     step of AdamW on λ·L1 + L2 for F1, T1 and the vector          # Eq. 10    F1's patch embedding is frozen, §2.3
 
-What may change the result, because the paper does not say it: whether branch 2 has the weights of branch 1 or MoCo v3's
-average of them (--target momentum; in small runs far behind) and which momentum (--momentum), the base rate (--lr:
-seven times MAE's), the temperature (--tau), what "normalized pixels" are (--norm-pixels), which tokens make z1
-(--pool), whether Eq. 6 sums or averages over a patch's P pixel values (--lam 768 has the ViT's sum), and what accuracy
-means: probably fine-tuning.
+What may change the result, because the paper does not say it: whether branch 2 is branch 1 itself or, as in MoCo v3, an
+average of its weights over time (--target momentum; the small runs on the page chose), with which --momentum; the base
+rate (--lr: seven times MAE's), the temperature (--tau), what "normalized pixels" are (--norm-pixels), which tokens make
+z1 (--pool), whether Eq. 6 sums or averages over a patch's P pixel values (--lam 768 has the ViT's sum), and what
+accuracy means: probably fine-tuning.
 
     python mclim.py --epochs 100 --batch 16                  the paper's experiment, for a GPU
     python mclim.py --tiny --data shapes                     a first look on a laptop
@@ -56,7 +56,7 @@ class Config:
     l1: Literal["pre", "rec"] = "pre"  # L₁ over the masked patches or over all, Table 4
     norm_pixels: bool = True  # "normalized pixels", §2.5: each patch at mean 0, deviation 1; no: view 1 as it is
     pool: Literal["all", "visible"] = "all"  # z1 is the mean over all tokens, or over visible ones alone
-    target: Literal["shared", "momentum"] = "shared"  # branch 2: the weights of branch 1, or MoCo v3's average of them
+    target: Literal["shared", "momentum"] = "shared"  # branch 2 is branch 1 itself, or MoCo v3's average of its weights
     momentum: float = 0.99  # of --target momentum, rising to 1 by a cosine; MoCo v3's
     crop_min: float = 0.65  # smallest crop, share of the area, §2.1
     crop_max: float = 0.9  # largest crop, share of the area, §2.1
@@ -154,7 +154,7 @@ def repeat_blocks(mask, grid):
 
 class MCLim(nn.Module):
     """Both branches, §2 and Figure 1: `encoder` (but for its patch embedding), `T1` and `mask_token` are trained; `F2`
-    and `T2`, branch 2's, are the same two, or with --target momentum their averages."""
+    and `T2`, branch 2's, are `encoder` and `T1` themselves, or with --target momentum averages of these."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -193,7 +193,7 @@ class MCLim(nn.Module):
             counted = patch_mask if cfg.l1 == "pre" else torch.ones_like(patch_mask)  # Table 4, (B, N)
             losses["reconstruction"] = L1 = reconstruction_loss(patchify(y, s), x, counted)  # Eq. 6
         if cfg.contrast != "none":
-            tokens2 = self.F2(view2)  # Eq. 2, (B, N, D), with gradient; --target momentum: without, F2 is frozen
+            tokens2 = self.F2(view2)  # Eq. 2, (B, N, D); with --target momentum no gradient enters F2 and T2
             Z2 = self.T2(tokens2)  # Eq. 5, (B, N, P)
             z1 = mean_where(Z1, ~patch_mask) if cfg.pool == "visible" else Z1.float().mean(1)  # (B, P)
             z1, z2 = gather(z1), gather(Z2.float().mean(1))  # (world·B, P)

@@ -139,7 +139,7 @@ def test_vit_state_dict_has_timms_names(method):
 @every_method
 def test_tiny_model_overfits_one_batch(method):
     own = {"macrl": {"bank": 0, "keys": "shared"},  # its bank would hold the batch, and its keys stand still here
-           "mclim": {"lam": 10.0}}  # DCL of four images has no lower bound and leaves the reconstruction little
+           "mclim": {"lam": 10.0}}  # or DCL, which may fall to -4.9 with four images, leaves the rest little
     model = build(replace(SMALL[method], **own.get(method, {})))
     y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
     waves = [[torch.sin(0.2 * i * x + c) + torch.cos(0.25 * (5 - i) * y + c) for c in range(3)] for i in range(1, 5)]

@@ -77,7 +77,7 @@ def load_checkpoint(file, method=None, **parts):
 # From elsewhere, and to elsewhere
 
 def init_encoders(model, file):
-    """--init: a run's encoder, or a ViT of timm's, becomes model.encoder and its momentum copy, as the run begins.
+    """--init: a run's encoder, or a ViT of timm's, becomes model.encoder and the copy of it, if any, as the run begins.
 
     file: a run's folder, its encoder.pt, or a state dict of timm's; "" for nothing. A timm classifier's head is left
     out. Raises UserError, which says what does not fit.

@@ -201,6 +201,9 @@ def test_forward_is_section_2(change):
     assert losses["reconstruction"].item() == pytest.approx(L1.mean().item(), rel=1e-5)    # Eq. 4, 6
     assert losses["contrast"].item() == pytest.approx(L2.item(), rel=1e-5)                 # Eq. 7 to 9
     assert losses["loss"].item() == pytest.approx((cfg.lam * L1.mean() + L2).item(), rel=1e-5)  # Eq. 10
+    weight = model.encoder.blocks[0].attn.qkv.weight  # shared: with the gradient through branch 2
+    found, expected = (torch.autograd.grad(loss, weight)[0] for loss in (losses["loss"], cfg.lam * L1.mean() + L2))
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_moco_v3_and_simmim_fall_out_of_flags():

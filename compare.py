@@ -214,7 +214,7 @@ def compare(args, flags):
     """Does what args ask; flags go to every row. Raises UserError, SystemExit, FloatingPointError at the end."""
     check(os.environ.get("WORLD_SIZE", "1") == "1", "torchrun", "compare.py", "runs alone; its runs take one GPU")
     check(args.gflop is None if args.equal == "epochs" else 0 < (args.gflop or 0) < math.inf, "--gflop", args.gflop,
-          "must be above 0, and is left out with --equal epochs")
+          "must be a number above 0; with --equal epochs it is left out")
     check(len(set(args.seeds)) == len(args.seeds), "--seeds", args.seeds, "must differ")
     rows = read_rows(pathlib.Path(args.rows).read_text("utf-8", "replace") if args.rows else ROWS)
     baseline = args.baseline or next(iter(rows))

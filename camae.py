@@ -16,7 +16,7 @@ One training step on B images of N patches with P values each, and K heads (the 
     L_m = MSE(q(f(visible patches)), view1), masked ones only    # Eq. 2     a number, from (B, N, P)
     step of AdamW on L_c + L_m for f, g, q                       # Eq. 6
     f_xi, g_xi ← momentum·(f_xi, g_xi) + (1 - momentum)·(f, g)   # Figure 1
-    after each epoch: p = 0.01·p + 0.99·softmax(L_m/0.2)         # Eq. 4     (K,), L_m of each head
+    after each epoch: p = 0.01·p + 0.99·softmax(L/0.2)           # Eq. 4     (K,), L: the mean L_m of each head's steps
 
 What may change the result, because the paper leaves it open: the scale of L_m in Eq. 4 (--plb-loss; with the mean,
 every head kept a good share in small runs), momentum (--momentum), a frozen patch embedding (--freeze-patch),
@@ -52,18 +52,18 @@ class Config:
     # method
     mask: float = 0.75  # share of the patches that is masked, §III-C
     mask_by: Literal["random", "idm", "plb"] = "plb"  # Table II: at random; by a head drawn evenly, or by p of Eq. 4
-    contrast: bool = True  # L_c, Eq. 1; without it reconstruction alone, in Table I masked at random or by idm
+    contrast: bool = True  # L_c, Eq. 1; without it reconstruction alone: Table I's MAE with --mask-by random or idm
     mim: bool = True  # L^m, Eq. 2; without it contrast alone, as in Tables III to V
     tau: float = 0.2  # τ, temperature, §IV-A
     lam: float = 0.99  # λ, weight of the new estimate of p, Eq. 4
     eps: float = 0.2  # ε, temperature of the heads' losses, Eq. 4
-    plb_loss: Literal["mean", "patches", "sum"] = "mean"  # L^m of Eq. 4: mean; sum over patches; over pixels
+    plb_loss: Literal["mean", "patches", "sum"] = "mean"  # L^m in Eq. 4: mean; patches' means summed; all values summed
     momentum: float = 0.99  # of f_ξ and g_ξ, rising to 1 by a cosine; MoCo v3's ([10]); DINO's ([7]) is 0.996
     crop_min: float = 0.08  # smallest crop, share of the area; MoCo v3's
     jitter: float = 0.8  # probability of colour jitter; MoCo v3's
     gray: float = 0.2  # probability of greyscale; MoCo v3's
     blur: float = 0.5  # probability of blur; SimCLR's, alike in both views
-    norm_pixels: bool = False  # target patches at mean 0, deviation 1, MAE's; no: pixels as the view has them, Eq. 2
+    norm_pixels: bool = False  # target patches at mean 0, deviation 1, as MAE's better variant; no: the pixels of Eq. 2
     # model
     img: int = 224  # side of the views in pixels, §IV-A
     patch: int = 16  # side of a patch in pixels, §IV-A
@@ -85,7 +85,7 @@ class Config:
     steps: int = 0  # length of training and schedule in steps; 0: as --epochs says
     # run
     data: str = "cifar10"  # cifar10, cifar100, stl10, tiny-imagenet, shapes, or a folder; §IV-A has ImageNet
-    images: int = 0  # train on so many images, a fixed choice; 0 for all
+    images: int = 0  # train on only so many images, the same ones in every run; 0 for all
     store: int = 0  # side in pixels at which images are kept, squeezed to squares; 0 for 8/7 of --img
     root: str = "data"  # where data sets are downloaded to and decoded
     out: str = ""  # folder of the run, new or empty (default: runs/camae-DATE-TIME)
@@ -113,13 +113,14 @@ class Config:
         check(0 < self.crop_min <= 1, "--crop-min", self.crop_min, "must lie between 0 and 1")
 
 
+# The rate is higher than the paper's because the training is short.
 TINY = Config(crop_min=0.2, blur=0.0, img=32, patch=4, dim=192, depth=4, heads=3, hidden=768, out_dim=64,
               decoder_depth=2, decoder_dim=96, decoder_heads=3, epochs=8, batch=128, lr=1e-3, warmup=1.0, knn_every=1,
               tiny=True)
 
 
 # The paper, §III. B images, N patches, V visible ones, K heads (the paper's M), m one of them and p their
-# probabilities; D width of a token, P = 3·patch·patch values of a patch; (world·B) are the images of all processes.
+# probabilities; D width of a token, P = 3·patch·patch values of a patch; world·B images in all processes together.
 
 def views(images, cfg, aspect=None):
     """Two views of each image, drawn independently by the same augmentations; without contrast one view, twice. §III-A
@@ -138,9 +139,9 @@ def views(images, cfg, aspect=None):
 
 
 def random_mask(B, N, ratio, device=None):
-    """Which of N places are masked: bool (B, N), 1 = masked, as many in each image, uniform over places."""
+    """Which of N places are masked: bool (B, N), 1 = masked: the same number in each, every place equally likely."""
     order = torch.rand(B, N, device=device).argsort(1)  # a permutation of 0 … N - 1 in each row
-    return order < round(ratio * N)
+    return order < round(ratio * N)  # true at exactly round(ratio·N) places of each row
 
 
 def idm_mask(attention, ratio):
@@ -169,13 +170,13 @@ class CAMAE(nn.Module):
         self.encoder.patch_embed.requires_grad_(not cfg.freeze_patch)
         blocks = [Block(cfg.decoder_dim, cfg.decoder_heads) for _ in range(cfg.decoder_depth)]
         self.decoder = Decoder(cfg.dim, cfg.img // cfg.patch, 3 * cfg.patch ** 2, cfg.decoder_dim, blocks)  # q_θ
-        self.decoder.requires_grad_(cfg.mim)
+        self.decoder.requires_grad_(cfg.mim)  # what --no-mim or --no-contrast leaves out is built, and frozen
         self.g_theta = projector(cfg.dim, cfg.hidden, cfg.out_dim).requires_grad_(cfg.contrast)
         self.f_xi = copy.deepcopy(self.encoder).requires_grad_(False)
         self.g_xi = copy.deepcopy(self.g_theta).requires_grad_(False)
 
     def forward(self, view1, view2, m=None):
-        """Normalised views (B, 3, H, W) and the head m (1,) that masks, any if None → {"loss": Eq. 6, "contrast":
+        """Normalised views (B, 3, H, W) and the head m (1,) that masks; None draws one → {"loss": Eq. 6, "contrast":
         Eq. 1, "reconstruction": Eq. 2}, without what --no-contrast or --no-mim leaves out."""
         cfg, L_c, L_m, losses = self.cfg, 0, 0, {}
         entering = None  # the tokens of view1 that enter the last block
@@ -186,7 +187,7 @@ class CAMAE(nn.Module):
             with torch.no_grad():
                 h1_xi, h2_xi = self.f_xi.features(view1), self.f_xi.features(view2)  # h'_i of either view, (B, D)
                 z1_xi, z2_xi = self.g_xi(gather(h1_xi)), self.g_xi(gather(h2_xi))  # z'_i, (world·B, 256)
-            L_c = (info_nce_loss(z1, z2_xi, cfg.tau) + info_nce_loss(z2, z1_xi, cfg.tau)) / 2  # Eq. 1; mean: MoCo v3
+            L_c = (info_nce_loss(z1, z2_xi, cfg.tau) + info_nce_loss(z2, z1_xi, cfg.tau)) / 2  # Eq. 1, both ways
             losses["contrast"] = L_c
         if cfg.mim:
             mask = self.draw_mask(view1, m, entering)  # Eq. 3, (B, N)
@@ -199,9 +200,9 @@ class CAMAE(nn.Module):
 
     @torch.no_grad()
     def draw_mask(self, x, m=None, entering=None):
-        """The mask of images (B, 3, H, W): bool (B, N), 1 = masked. At random, or by f_θ's attention to whole images in
-        head m, a tensor (1,), so that nothing waits for the device; None draws a head evenly. entering (B, 1 + N, D):
-        the tokens that enter the last block, computed here if None."""
+        """The mask of images (B, 3, H, W): bool (B, N), 1 = masked. It is random, or it follows f_θ's attention to the
+        whole images in head m. m is a tensor (1,), so that nothing waits for the device; None draws a head evenly.
+        entering (B, 1 + N, D): the tokens that enter the last block; None: they are computed here."""
         if self.cfg.mask_by == "random":
             return random_mask(len(x), self.N, self.cfg.mask, x.device)
         m = torch.randint(self.cfg.heads, (1,), device=x.device) if m is None else m
@@ -244,8 +245,8 @@ def plb_update(p, losses, lam, eps):
 
 
 class PLB(nn.Module):
-    """Pattern-learning balanced sampling, §III-D: the heads' probabilities, and the losses that Eq. 4 makes them from.
-    A Module, so that a checkpoint holds it."""
+    """Pattern-learning balanced sampling, §III-D: a head with a high loss, which is not yet well learned, is drawn more
+    often. Holds the heads' probabilities and losses; a Module, so that a checkpoint holds them."""
     def __init__(self, heads):
         super().__init__()
         self.register_buffer("p", torch.full((heads,), 1 / heads))  # p^m, "the same probability" at first
@@ -259,13 +260,13 @@ class PLB(nn.Module):
         return self.p.cpu().multinomial(steps, replacement=True, generator=generator).to(self.p.device)
 
     def note(self, m, loss):
-        """Adds a step's loss, a number, the mean of all processes, to this epoch's sum of head m (1,)."""
+        """Adds the loss of a step, a number averaged over all processes, to this epoch's sum of its head m (1,)."""
         self.sums.index_add_(0, m, loss.detach().float().view(1))
         self.counts.index_add_(0, m, torch.ones_like(self.sums[:1]))
 
     def end_epoch(self, lam, eps):
-        """Eq. 4 with this epoch's mean losses. A head not drawn in it keeps its last; one never drawn has the others'
-        mean."""
+        """Eq. 4 with this epoch's mean losses. A head that was not drawn in this epoch keeps its last mean loss; one
+        that was never drawn gets the mean of the others."""
         self.losses.copy_(torch.where(self.counts > 0, self.sums / self.counts, self.losses))
         losses = torch.where(self.losses.isnan(), self.losses.nanmean(), self.losses)
         self.p.copy_(plb_update(self.p, losses, lam, eps))
@@ -287,7 +288,7 @@ def info_nce_loss(z, z_prime, tau):
 
 
 def masked_mse(pred, target, mask):
-    """Mean squared error of (B, N, P) over the patches where mask (B, N) is 1; 0 where none is. Eq. 2"""
+    """Mean squared error of (B, N, P) over the patches where mask (B, N) is 1; 0 if there is none. Eq. 2"""
     error = (pred.float() - target.float()).square().mean(2)  # (B, N)
     return (error * mask).sum() / mask.sum().clamp(min=1)
 
@@ -304,8 +305,8 @@ def train(cfg):
     init_encoders(model, cfg.init)
     if cfg.recompute:
         recompute(model)
-    net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model
-    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws as without compiling
+    net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model  # buffers never differ
+    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws the same random numbers
     peak = cfg.lr * cfg.batch * here.world / 256  # §IV-A
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, betas=(0.9, 0.95), fused=True)  # MAE's
 
@@ -341,15 +342,16 @@ def train(cfg):
                 p, in_play = plb.p.tolist(), plb.heads_in_play().item()  # the old p, which drew this epoch's heads
                 plb.end_epoch(cfg.lam if cfg.mask_by == "plb" else 0.0, cfg.eps)  # Eq. 4; λ = 0 keeps p even
                 if here.rank == 0:
-                    epoch = {"step": step, "epoch": step // len(batches)}
-                    run.write({**epoch, **dict(zip(columns, [*plb.losses.tolist(), *p, in_play]))})
+                    row = dict(zip(columns, [*plb.losses.tolist(), *p, in_play]))
+                    run.write({"step": step, "epoch": step // len(batches), **row})
             drawn = plb.draw(len(batches), cfg.seed, step // len(batches))
         run.save(step, data, test, model=model, optimizer=optimizer, plb=plb)
     return run.finish()
 
 
 # Parts, most of them shared with the other files, with letters of their own: p is the side of a patch in pixels, m a
-# momentum, z the encoder's tokens (any rows in gather); q, k, v are attention's; K heads, each d = D/K wide.
+# momentum, z the encoder's tokens (any rows in gather), N in attention the number of all tokens; q, k, v are
+# attention's; K heads, each d = D/K wide.
 
 def ema(average, model, m):
     """average ← m·average + (1 - m)·model, weight by weight, for two networks of the same shape."""
@@ -357,8 +359,8 @@ def ema(average, model, m):
 
 
 class Gather(torch.autograd.Function):
-    """(B, D) → (world·B, D). Every process computes the same loss from all rows: backward's sum over the processes is
-    world times the gradient of a row, and DistributedDataParallel's average divides by world."""
+    """(B, D) → (world·B, D). Every process computes the same loss of all rows. Backward adds up the gradients of all
+    processes, which gives world times that of a row; DistributedDataParallel's average divides by world again."""
     @staticmethod
     def forward(ctx, z):
         rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
@@ -367,7 +369,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)
+        grad = grad.clone(memory_format=torch.contiguous_format)  # all_reduce writes into it
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -401,15 +403,15 @@ def sincos_pos_embed(dim, grid):
     """Fixed sine-cosine positions of grid×grid patches, (1, N, D): half of D for the row, half for the column."""
     omega = 10000 ** -(torch.arange(dim // 4) / (dim // 4))
     angle = torch.arange(grid)[:, None] * omega  # (grid, D/4)
-    one = torch.cat([angle.sin(), angle.cos()], 1)  # (grid, D/2)
-    rows, columns = one[:, None].expand(grid, grid, -1), one[None].expand(grid, grid, -1)
+    axis = torch.cat([angle.sin(), angle.cos()], 1)  # of a row or a column, (grid, D/2)
+    rows, columns = axis[:, None].expand(grid, grid, -1), axis[None].expand(grid, grid, -1)
     return torch.cat([rows, columns], 2).reshape(1, grid * grid, dim)
 
 
 def init_weights(module):
-    """Xavier-uniform weights and zero biases, as in MAE; a patch embedding counts as a linear layer."""
+    """Xavier-uniform weights, zero biases, as in MAE, where only the patch embedding's bias begins as PyTorch's."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.xavier_uniform_(module.weight.data.flatten(1))
+        nn.init.xavier_uniform_(module.weight.data.flatten(1))  # flatten gives a view: the weight is filled
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -471,13 +473,13 @@ class Encoder(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
 
     def forward(self, x, visible=None, with_entering=False):
-        """Images (B, 3, H, W), of which the patches `visible` (B, V) are seen, all N if None → (B, 1 + V, D), class
-        token first; with_entering: also what enters the last block, (B, 1 + V, D)."""
+        """Images (B, 3, H, W) → (B, 1 + V, D), class token first; with_entering: also what enters the last block, as
+        large. Only the patches `visible` (B, V) are seen; None: all N."""
         x = self.patch_embed(x).flatten(2).mT + self.pos_embed[:, 1:]  # (B, N, D)
         x = x if visible is None else take(x, visible)  # (B, V, D)
         x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)  # (B, 1 + V, D)
         for block in self.blocks:
-            entering, x = x, block(x)
+            entering, x = x, block(x)  # in the end: what enters the last block
         return (self.norm(x), entering) if with_entering else self.norm(x)
 
     def vector(self, z):
@@ -499,7 +501,7 @@ class Encoder(nn.Module):
 
 def class_attention(block, x):
     """How the class token attends to the patches in `block`, which x (B, 1 + N, D) enters: (B, K, N). The product is
-    summed in float32: as a matrix product it would be bfloat16 under autocast, which ties many patches."""
+    summed in float32. A matrix product under autocast would be bfloat16, in which many patches come out equal."""
     qkv = block.attn.qkv(block.norm1(x)).float()  # (B, 1 + N, 3D)
     q, k, _ = qkv.unflatten(2, (3, block.attn.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, 1 + N, d) each, d = D/K
     return ((q[:, :, :1] * k).sum(3) / k.shape[3] ** 0.5).softmax(2)[:, :, 1:]

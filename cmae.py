@@ -6,22 +6,22 @@ view separately, its moving average M_E those of a second view; the mean tokens 
 its average M_P, and compared. Location: the place of each visible token is predicted. E also says where to crop.
 
 One training step on B images of N patches, V of them visible; D is the width of a token, "1 +" the class token:
-    I = the box around where E's heat map M is above k      # Eq. 1        (B, 4), after epoch 60, and every 60
-    x_q, x_k = flip(crop(images, I)), the same again        # §3.2         (B, 3, 64, 64)
+    I = the box around where E's heat map M is above k      # Eq. 1        (B, 4), after 60 epochs, then every 60
+    x_q, x_k = two draws of flip(crop(images, I))           # §3.2         (B, 3, 64, 64)
     q1, q2 = E(visible of x_q), detach(E(masked of x_q))    # §3.3         (B, 1 + V, D), (B, 1 + N - V, D)
     k1, k2 = M_E(visible of x_k), M_E(masked of x_k)        # §3.3         the same shapes
     h1, h2 = restore([q1, q2]), restore([k1, k2])           # Eq. 2        (B, 1 + N, D)
     L_ctr = InfoNCE(P(mean of h1), M_P(mean of h2))         # Eq. 3        a number, from vectors (B, D)
-    L_loc = ‖p - true place, one-hot‖, p = MLP(MLP(q1))     # Eq. 4, 5     a number, from (B, V, N)
+    L_loc = ‖p - t‖, p = MLP(MLP(q1)), t: places, one-hot   # Eq. 4, 5     a number, from (B, V, N)
     L_con = MSE(decoder(q1), x_q), masked patches only      # §3.5         a number
     step of AdamW on λ_ctr·L_ctr + λ_loc·L_loc + λ_con·L_con  # Eq. 6
     M_E, M_P ← m·(M_E, M_P) + (1 - m)·(E, P)                # §3.3, MoCo v3's momentum average
 
 What may change the result, because the paper does not say it: whether positions are added to the tokens of Eq. 4
-(--location-from: yes, as in MAE; the input then holds the answer, but Eq. 5's norm has a gradient of length 1 however
-small it is, and E goes on learning to keep places); what of h is projected, and how (--pool, --projection); what M is,
-and k: 0.1 may give boxes of nearly whole images (--heat, --k); τ (--tau); whether 1e-3 is the rate for a batch of 256
-or the rate itself (--lr 4e-3); Table 1's decoder (--decoder); and "frozen and fine-tuned", of which one must be chosen.
+(--location-from: yes, as in MAE. The input then holds the answer, but Eq. 5's gradient has length 1 even where the loss
+is small, and E goes on learning to keep places); the side of a patch (--patch); what of h is projected, and how (--pool
+--projection); what M is, and k: 0.1 may give boxes of nearly whole images (--heat, --k); τ (--tau); whether 1e-3 is the
+rate for a batch of 256 or the rate itself (--lr 4e-3); Table 1's decoder (--decoder); which of "frozen and fine-tuned".
 
     python cmae.py                                           Table 1's CMAE, as far as it is described, for a GPU
     python cmae.py --tiny --data shapes                      a first look on a laptop; then eval_linear.py, show.py
@@ -65,7 +65,7 @@ class Config:
     crop_every: int = 60  # epochs until the boxes are computed again; a fifth of 300, too
     crop_min: float = 0.2  # smallest crop, share of the area; MAE's
     # model
-    img: int = 64  # side of the views in pixels, §4.1
+    img: int = 64  # side of the views in pixels; the images' own, §4.1
     patch: int = 8  # side of a patch in pixels; a choice made here
     dim: int = 768  # width D, §4.2: ViT-Base
     depth: int = 12  # blocks, §4.2: ViT-Base
@@ -83,7 +83,7 @@ class Config:
     steps: int = 0  # length of training and schedule in steps; 0: as --epochs says
     # run
     data: str = "tiny-imagenet"  # cifar10, cifar100, stl10, tiny-imagenet, shapes, or a folder; §4.1
-    images: int = 0  # train on so many images, a fixed choice; 0 for all
+    images: int = 0  # train on only so many images, the same ones in every run; 0 for all
     store: int = 0  # side in pixels at which images are kept, squeezed to squares; 0 for 8/7 of --img
     root: str = "data"  # where data sets are downloaded to and decoded
     out: str = ""  # folder of the run, new or empty (default: runs/cmae-DATE-TIME)
@@ -118,7 +118,7 @@ TINY = Config(k=0.5, crop_from=1, crop_every=2, img=32, patch=4, dim=192, depth=
 
 
 # The paper, §3. B images, N = n·n patches, V visible, D width of a token, K heads, (world·B) all processes' images. P
-# is the projection, in shapes the values in a patch; p are predicted places; k is a threshold or, beside q, contrasted.
+# is the projection, in shapes the values in a patch; p: predicted places; k: threshold in Eq. 1, M_E's vector in Eq. 3.
 
 def views(images, cfg, aspect=None, boxes=None):
     """Two crops of each image, around its object if `boxes` say where it is, each flipped or not. §3.2
@@ -136,7 +136,7 @@ def views(images, cfg, aspect=None, boxes=None):
 def contrastive_crop(images, size, scale, boxes, alpha, aspect=None):
     """R_crop(s, r, I): crops (B, 3, size, size) of images, centred in the boxes I (B, 4) as far as they fit. Eq. 1"""
     H, W = images.shape[2:]
-    _, _, height, width = crop_boxes(len(images), H, W, scale, (3 / 4, 4 / 3), aspect)  # by s and r, in pixels, (B,)
+    _, _, height, width = crop_boxes(len(images), H, W, scale, (3 / 4, 4 / 3), aspect)  # by s and r
     I_top, I_left, I_bottom, I_right = boxes.to(height.device, non_blocking=True).unbind(1)  # 0…1, (B,)
     down, across = torch.distributions.Beta(alpha, alpha).sample((2, len(images))).to(height.device, non_blocking=True)
     top = (crop_starts(I_top, I_bottom, height / H, down) * H).round().long()
@@ -162,9 +162,9 @@ def semantic_boxes(heat, k):
 
 
 def random_mask(B, N, ratio, device=None):
-    """Which of N places are masked: bool (B, N), 1 = masked, as many in each image, uniform over places."""
+    """Which of N places are masked: bool (B, N), 1 = masked: the same number in each, every place equally likely."""
     order = torch.rand(B, N, device=device).argsort(1)  # a permutation of 0 … N - 1 in each row
-    return order < round(ratio * N)
+    return order < round(ratio * N)  # true at exactly round(ratio·N) places of each row
 
 
 def visible_first(mask):
@@ -189,14 +189,14 @@ class CMAE(nn.Module):
     """The autoencoder, its momentum encoder and the three tasks (Figure 1). `forward` is §3.3 to §3.6."""
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.grid, D = cfg, cfg.img // cfg.patch, cfg.dim  # n, D
+        self.cfg, self.grid, D = cfg, cfg.img // cfg.patch, cfg.dim  # grid is n
         self.N, self.V = self.grid ** 2, self.grid ** 2 - round(cfg.mask * self.grid ** 2)
         self.encoder = Encoder(cfg, cfg.pool)  # E
         self.projection = (nn.Linear(D, D) if cfg.projection == "linear" else mlp(D, D, D)).apply(init_weights)  # P
         self.M_E = copy.deepcopy(self.encoder).requires_grad_(False)  # §3.3: begins with the same weights
         self.M_P = copy.deepcopy(self.projection).requires_grad_(False)
         self.location = mlp(D, D, self.N).apply(init_weights)  # §3.4
-        nn.init.zeros_(self.location.fc2.weight)  # random ones give E far larger gradients than other losses do
+        nn.init.zeros_(self.location.fc2.weight)  # a choice made here: random ones give E far larger gradients
         self.decoder = Decoder(D, self.grid, 3 * cfg.patch ** 2, cfg.decoder_dim, decoder_blocks(cfg))  # §3.5
         for part, lam in ((self.projection, cfg.lam_ctr), (self.location, cfg.lam_loc), (self.decoder, cfg.lam_con)):
             part.requires_grad_(lam > 0)
@@ -235,7 +235,7 @@ class CMAE(nn.Module):
         if self.cfg.heat == "attention":
             heat = self.encoder.attention(x).mean(1)  # (B, N)
         else:
-            tokens = self.encoder.blocks[-1](self.encoder(x, with_entering=True)[1])  # without the norm, (B, 1 + N, D)
+            tokens = self.encoder.blocks[-1](self.encoder(x, with_entering=True)[1])  # last block again, no norm
             heat = tokens[:, 1:].abs().mean(2)  # (B, N)
         low, high = heat.amin(1, keepdim=True), heat.amax(1, keepdim=True)
         return ((heat - low) / (high - low).clamp(min=1e-12)).unflatten(1, (self.grid, self.grid))
@@ -262,12 +262,10 @@ class Boxes(nn.Module):
     @torch.no_grad()
     def locate(self, model, images, here):
         """Computes the boxes anew from the model's heat maps of uint8 images (all, 3, S, S); each process does all."""
-        for ids in torch.arange(len(images)).split(250):
+        for ids in torch.arange(len(images)).split(250):  # some at a time, for the memory
             x = normalize(resize(images[ids].to(here.device), model.cfg.img))
             with autocast(here.device, model.cfg.amp):
                 self.boxes[ids] = semantic_boxes(model.heat(x), model.cfg.k).cpu()
-        if here.rank == 0:
-            print(f"mean box: {(self.boxes[:, 2:] - self.boxes[:, :2]).prod(1).mean():.2f} of the image", flush=True)
 
 
 def info_nce_loss(q, k, tau):
@@ -284,7 +282,7 @@ def location_loss(p, positions):
 
 
 def reconstruction_loss(pred, target, mask):
-    """Mean squared error of (B, N, P) over the patches where mask (B, N) is 1; 0 where none is. L_con of §3.5"""
+    """Mean squared error of (B, N, P) over the patches where mask (B, N) is 1; 0 if there is none. L_con of §3.5"""
     error = (pred.float() - target.float()).square().mean(2)  # (B, N)
     return (error * mask).sum() / mask.sum().clamp(min=1)
 
@@ -301,20 +299,22 @@ def train(cfg):
     init_encoders(model, cfg.init)
     if cfg.recompute:
         recompute(model)
-    net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model
-    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws as without compiling
+    net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model  # buffers never differ
+    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws the same random numbers
     peak = cfg.lr * cfg.batch * here.world / 256  # §4.2's base rate, by MAE's rule
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, betas=(0.9, 0.95), fused=True)  # MAE's
 
     run = Run("cmae", cfg, here, len(batches))
     step = run.resume(model=model, optimizer=optimizer, boxes=boxes)
-    if cfg.crop_from >= cfg.epochs and here.rank == 0:
-        print(f"no ContrastiveCrop: --crop-from {cfg.crop_from} is not below --epochs {cfg.epochs}", flush=True)
+    if cfg.crop_from * len(batches) >= steps and here.rank == 0:
+        run.tell(f"no ContrastiveCrop: training ends before --crop-from {cfg.crop_from} epochs are over")
     while step < steps and not run.stopped:
         seed_step(cfg.seed, step, here.rank)
         epoch, rest = divmod(step, len(batches))
         if not rest and epoch >= cfg.crop_from and (epoch - cfg.crop_from) % cfg.crop_every == 0:
             boxes.locate(model, data[0], here)  # §3.1
+            if here.rank == 0:
+                run.tell(f"mean box: {(boxes.boxes[:, 2:] - boxes.boxes[:, :2]).prod(1).mean():.2f} of the image")
         I = boxes.boxes[batches.ids(step)] if epoch >= cfg.crop_from else None  # (B, 4)
         images, aspect = batches[step]
         view1, view2 = views(images, cfg, aspect, I)
@@ -336,7 +336,7 @@ def train(cfg):
     return run.finish()
 
 
-# Parts. Here p is the side of a patch in pixels, d = D/K the width of a head, width the decoder's.
+# Parts. Here p is the side of a patch, d = D/K the width of a head, width the decoder's; q, k, v are attention's.
 
 def ema(average, model, m):
     """average ← m·average + (1 - m)·model, weight by weight, for two networks of the same shape."""
@@ -344,8 +344,8 @@ def ema(average, model, m):
 
 
 class Gather(torch.autograd.Function):
-    """(B, D) → (world·B, D). Every process computes the same loss from all rows: backward's sum over the processes is
-    world times the gradient of a row, and DistributedDataParallel's average divides by world."""
+    """(B, D) → (world·B, D). Every process computes the same loss of all rows. Backward adds up the gradients of all
+    processes, which gives world times that of a row; DistributedDataParallel's average divides by world again."""
     @staticmethod
     def forward(ctx, z):
         rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
@@ -354,7 +354,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)
+        grad = grad.clone(memory_format=torch.contiguous_format)  # all_reduce writes into it
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -388,15 +388,15 @@ def sincos_pos_embed(dim, grid):
     """Fixed sine-cosine positions of grid×grid patches, (1, N, D): half of D for the row, half for the column."""
     omega = 10000 ** -(torch.arange(dim // 4) / (dim // 4))
     angle = torch.arange(grid)[:, None] * omega  # (grid, D/4)
-    one = torch.cat([angle.sin(), angle.cos()], 1)  # (grid, D/2)
-    rows, columns = one[:, None].expand(grid, grid, -1), one[None].expand(grid, grid, -1)
+    axis = torch.cat([angle.sin(), angle.cos()], 1)  # of a row or a column, (grid, D/2)
+    rows, columns = axis[:, None].expand(grid, grid, -1), axis[None].expand(grid, grid, -1)
     return torch.cat([rows, columns], 2).reshape(1, grid * grid, dim)
 
 
 def init_weights(module):
-    """Xavier-uniform weights and zero biases, as in MAE; a patch embedding counts as a linear layer."""
+    """Xavier-uniform weights, zero biases, as in MAE, where only the patch embedding's bias begins as PyTorch's."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.xavier_uniform_(module.weight.data.flatten(1))
+        nn.init.xavier_uniform_(module.weight.data.flatten(1))  # flatten gives a view: the weight is filled
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -444,7 +444,7 @@ class Block(nn.Module):
 
 def class_attention(block, x):
     """How the class token attends to the patches in `block`, which x (B, 1 + N, D) enters: (B, K, N). The product is
-    summed in float32: as a matrix product it would be bfloat16 under autocast, which ties many patches."""
+    summed in float32. A matrix product under autocast would be bfloat16, in which many patches come out equal."""
     qkv = block.attn.qkv(block.norm1(x)).float()  # (B, 1 + N, 3D)
     q, k, _ = qkv.unflatten(2, (3, block.attn.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, 1 + N, d) each, d = D/K
     return ((q[:, :, :1] * k).sum(3) / k.shape[3] ** 0.5).softmax(2)[:, :, 1:]
@@ -466,13 +466,13 @@ class Encoder(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
 
     def forward(self, x, ids=None, with_entering=False, add_positions=True):
-        """Images (B, 3, H, W), of which only the patches `ids` (B, V) are encoded, all N if None → (B, 1 + V, D), class
-        token first; with_entering: also what enters the last block."""
+        """Images (B, 3, H, W) → (B, 1 + V, D), class token first; with_entering: also what enters the last block, as
+        large. Only the patches `ids` (B, V) are encoded; None: all N."""
         x = self.patch_embed(x).flatten(2).mT + self.pos_embed[:, 1:] * add_positions  # (B, N, D)
         x = x if ids is None else take(x, ids)  # (B, V, D)
         x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)  # (B, 1 + V, D)
         for block in self.blocks:
-            entering, x = x, block(x)
+            entering, x = x, block(x)  # in the end: what enters the last block
         return (self.norm(x), entering) if with_entering else self.norm(x)
 
     def vector(self, z):

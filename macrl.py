@@ -1,6 +1,6 @@
 """MACRL: Yuchong Yao, Nandakishor Desai and Marimuthu Palaniswami, "Masked Contrastive Representation Learning",
-arXiv 2211.06012, 2022. Written from its abstract. The projector and the bank are from a third party's summary; all else
-that the abstract does not say, each number too, was chosen for this project, often as MAE or MoCo has it.
+arXiv 2211.06012, 2022. Written from its abstract. The projector, the bank and the reconstructed target follow a third
+party's summary; all else that the abstract does not say, numbers included, was chosen here, often as MAE or MoCo do.
 
 Two views of an image go through a siamese network: one encoder f, and a decoder in each branch, d_s and d_w. Branch s
 gets the higher mask ratio and the stronger augmentation. A projector g makes queries q from the features of branch s;
@@ -15,7 +15,7 @@ number of values of a patch, and mean is the mean over the tokens of the visible
     q, k = g(mean(z_s)), g_ξ(mean(f_ξ(x_w, the same 50 %)))    # "the encoder in both branches"    (B, 128)
     L_c = InfoNCE(q, k; other k, bank of the last 4096 k)      # "contrastive learning objective"  a number
     y_s, y_w = d_s(z_s), d_w(z_w)                              # "the decoders' outputs"           (B, N, P)
-    L_s, L_w = L1(y_s, c_s), L1(y_w, c_w), where masked        # "L_1 reconstruction loss"         two numbers
+    L_s, L_w = L1(y, patches of c) of each, where masked       # "L_1 reconstruction loss"         two numbers
     step of AdamW on λ_c·L_c + λ_r·(L_s + L_w)/2 for f, g, d_s, d_w
     f_ξ, g_ξ ← m·(f_ξ, g_ξ) + (1 - m)·(f, g)                   # "e.g., Momentum Contrast": one reading
 
@@ -56,7 +56,7 @@ class Config:
     lam_r: float = 1.0  # λ_r, weight of the reconstruction, a choice made here; 0 leaves it out
     tau: float = 0.2  # τ, temperature; MoCo v2's
     bank: int = 4096  # how many keys of earlier steps are negatives, 0 for none; a choice made here
-    keys: Literal["momentum", "shared"] = "momentum"  # keys by averages of encoder and projector (MoCo's), or by these
+    keys: Literal["momentum", "shared"] = "momentum"  # keys by averages of f and g (MoCo's), or by f and g themselves
     momentum: float = 0.99  # of the averages, rising to 1 by half a cosine; MoCo v3's
     pool: Literal["mean", "cls"] = "mean"  # features: mean of the patches (a choice made here), or class token
     restore: Literal["clean", "view"] = "clean"  # target: crop before its colours change (chosen here), or the view
@@ -90,7 +90,7 @@ class Config:
     steps: int = 0  # length of training and schedule in steps; 0: as --epochs says
     # run
     data: str = "cifar10"  # cifar10, cifar100, stl10, tiny-imagenet, shapes, or a folder; the abstract's first set
-    images: int = 0  # train on so many images, a fixed choice; 0 for all
+    images: int = 0  # train on only so many images, the same ones in every run; 0 for all
     store: int = 0  # side in pixels at which images are kept, squeezed to squares; 0 for 8/7 of --img
     root: str = "data"  # where data sets are downloaded to and decoded
     out: str = ""  # folder of the run, new or empty (default: runs/macrl-DATE-TIME)
@@ -134,7 +134,8 @@ TINY = Config(bank=1024, dim=192, depth=4, heads=3, hidden=384, out_dim=64, deco
 
 def clean_views(images, cfg, aspect=None):
     """The first half of the "stronger data augmentation": c_s, a crop of each image for branch s, and c_w, one for
-    branch w, whose smallest crop is larger. Width over height is 3/4 to 4/3; half of the crops are mirrored.
+    branch w, whose smallest crop is larger; neither is normalised yet. Width over height is 3/4 to 4/3; half of the
+    crops are mirrored.
 
     images (B, 3, S, S), uint8 or 0…1; aspect (B,): their width over height before they were squeezed to squares, 1 if
     None. Returns two of (B, 3, img, img), 0…1.
@@ -145,8 +146,9 @@ def clean_views(images, cfg, aspect=None):
 
 def change_colours(clean, cfg):
     """The second half of the "stronger data augmentation": changes the colours of both crops of clean_views, more often
-    in branch s. Equally strong in both, as MoCo v3: brightness, contrast, saturation, hue by up to 0.4, 0.4, 0.2, 0.1,
-    blur of 0.1 to 2 pixels. Returns x_s and x_w, normalised, (B, 3, img, img) each."""
+    in branch s. Each change is as strong in one branch as in the other, with MoCo v3's strengths: brightness, contrast,
+    saturation, hue by up to 0.4, 0.4, 0.2, 0.1, blur of 0.1 to 2 pixels. Returns x_s and x_w, normalised, (B, 3, img,
+    img) each."""
     chances = (cfg.jitter_s, cfg.gray_s, cfg.blur_s), (cfg.jitter_w, cfg.gray_w, cfg.blur_w)
     return tuple(normalize(gaussian_blur(random_grayscale(color_jitter(x, p=jitter), gray), blur))
                  for x, (jitter, gray, blur) in zip(clean, chances))
@@ -159,9 +161,9 @@ def views(images, cfg, aspect=None):
 
 
 def random_mask(B, N, ratio, device=None):
-    """Which of N places are masked: bool (B, N), 1 = masked, as many in each image, uniform over places."""
+    """Which of N places are masked: bool (B, N), 1 = masked: the same number in each, every place equally likely."""
     order = torch.rand(B, N, device=device).argsort(1)  # a permutation of 0 … N - 1 in each row
-    return order < round(ratio * N)
+    return order < round(ratio * N)  # true at exactly round(ratio·N) places of each row
 
 
 def visible_first(mask):
@@ -180,14 +182,16 @@ class MACRL(nn.Module):
         super().__init__()
         self.cfg, self.N = cfg, (cfg.img // cfg.patch) ** 2
         self.encoder = Encoder(cfg, cfg.pool)  # f, of both branches
-        self.decoder_s, self.decoder_w = (  # d_s, d_w
-            Decoder(cfg.dim, cfg.img // cfg.patch, 3 * cfg.patch ** 2, cfg.decoder_dim,
-                    [Block(cfg.decoder_dim, cfg.decoder_heads) for _ in range(cfg.decoder_depth)]) for _ in range(2))
-        self.g = mlp(cfg.dim, cfg.hidden, cfg.out_dim).apply(init_weights)
+
+        def decoder():
+            blocks = [Block(cfg.decoder_dim, cfg.decoder_heads) for _ in range(cfg.decoder_depth)]
+            return Decoder(cfg.dim, cfg.img // cfg.patch, 3 * cfg.patch ** 2, cfg.decoder_dim, blocks)
+        self.decoder_s, self.decoder_w = decoder(), decoder()  # d_s, d_w
+        self.g = mlp(cfg.dim, cfg.hidden, cfg.out_dim).apply(init_weights)  # g
         if cfg.keys == "momentum":
-            self.f_xi = copy.deepcopy(self.encoder).requires_grad_(False)
-            self.g_xi = copy.deepcopy(self.g).requires_grad_(False)
-        self.bank = Bank(cfg.bank, cfg.out_dim)
+            self.f_xi = copy.deepcopy(self.encoder).requires_grad_(False)  # f_ξ, begins as f; train moves it
+            self.g_xi = copy.deepcopy(self.g).requires_grad_(False)  # g_ξ, likewise
+        self.bank = Bank(cfg.bank, cfg.out_dim)  # the keys of earlier steps
         self.g.requires_grad_(cfg.lam_c > 0)  # what a weight of 0 leaves out is not trained
         self.decoder_s.requires_grad_(cfg.lam_r > 0)
         self.decoder_w.requires_grad_(cfg.lam_r > 0)
@@ -278,7 +282,7 @@ def info_nce_loss(q, k, bank, tau):
 
 
 def reconstruction_loss(pred, target, mask):
-    """Mean absolute error of (B, N, P) over the patches where mask (B, N) is 1; 0 where none is."""
+    """Mean absolute error of (B, N, P) over the patches where mask (B, N) is 1; 0 if there is none."""
     error = (pred.float() - target.float()).abs().mean(2)  # (B, N)
     return (error * mask).sum() / mask.sum().clamp(min=1)
 
@@ -295,8 +299,8 @@ def train(cfg):
     init_encoders(model, cfg.init)
     if cfg.recompute:
         recompute(model)
-    net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model
-    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws as without compiling
+    net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model  # buffers never differ
+    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws the same random numbers
     peak = cfg.lr * cfg.batch * here.world / 256  # MAE's rule
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, betas=(0.9, 0.95), fused=True)  # MAE's
 
@@ -307,7 +311,7 @@ def train(cfg):
         images, aspect = batches[step]
         clean = clean_views(images, cfg, aspect)
         view1, view2 = change_colours(clean, cfg)
-        targets = [normalize(c) for c in clean] if cfg.restore == "clean" else []
+        targets = [normalize(c) for c in clean] if cfg.restore == "clean" else []  # c_s, c_w; []: the views themselves
         with autocast(here.device, cfg.amp):
             losses = net(view1, view2, *targets)
         losses["loss"].backward()
@@ -334,8 +338,8 @@ def ema(average, model, m):
 
 
 class Gather(torch.autograd.Function):
-    """(B, D) → (world·B, D). Every process computes the same loss from all rows: backward's sum over the processes is
-    world times the gradient of a row, and DistributedDataParallel's average divides by world."""
+    """(B, D) → (world·B, D). Every process computes the same loss of all rows. Backward adds up the gradients of all
+    processes, which gives world times that of a row; DistributedDataParallel's average divides by world again."""
     @staticmethod
     def forward(ctx, z):
         rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
@@ -344,7 +348,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)
+        grad = grad.clone(memory_format=torch.contiguous_format)  # all_reduce writes into it
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -378,15 +382,15 @@ def sincos_pos_embed(dim, grid):
     """Fixed sine-cosine positions of grid×grid patches, (1, N, D): half of D for the row, half for the column."""
     omega = 10000 ** -(torch.arange(dim // 4) / (dim // 4))
     angle = torch.arange(grid)[:, None] * omega  # (grid, D/4)
-    one = torch.cat([angle.sin(), angle.cos()], 1)  # (grid, D/2)
-    rows, columns = one[:, None].expand(grid, grid, -1), one[None].expand(grid, grid, -1)
+    axis = torch.cat([angle.sin(), angle.cos()], 1)  # of a row or a column, (grid, D/2)
+    rows, columns = axis[:, None].expand(grid, grid, -1), axis[None].expand(grid, grid, -1)
     return torch.cat([rows, columns], 2).reshape(1, grid * grid, dim)
 
 
 def init_weights(module):
-    """Xavier-uniform weights and zero biases, as in MAE; a patch embedding counts as a linear layer."""
+    """Xavier-uniform weights, zero biases, as in MAE, where only the patch embedding's bias begins as PyTorch's."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.xavier_uniform_(module.weight.data.flatten(1))
+        nn.init.xavier_uniform_(module.weight.data.flatten(1))  # flatten gives a view: the weight is filled
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -448,8 +452,8 @@ class Encoder(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
 
     def forward(self, x, visible=None):
-        """Images (B, 3, H, W), of which the patches `visible` (B, V) are seen, all N if None → (B, 1 + V, D), class
-        token first."""
+        """Images (B, 3, H, W) → (B, 1 + V, D), class token first. Only the patches `visible` (B, V) are seen; None: all
+        N."""
         x = self.patch_embed(x).flatten(2).mT + self.pos_embed[:, 1:]  # (B, N, D)
         x = x if visible is None else take(x, visible)  # (B, V, D)
         x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)  # (B, 1 + V, D)

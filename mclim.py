@@ -6,7 +6,7 @@ One branch sees a view of an image with most patches masked and reconstructs it;
 reconstructed pixels, and their mean over the tokens (also a choice) is contrasted. The contrastive loss leaves the
 positive pair out of its denominator (DCL), so that it depends less on large batches.
 
-One training step on B images of N patches, D the width of a token, P the number of values of a patch:
+One training step on B images of N patches, D the width of a token, P the number of pixel values that a token restores:
     view1, view2 = crop(images), augment_colour(crop(images))     # §2.1      (B, 3, 224, 224)
     mask = 60 % of the patches, drawn at random                   # §2.2      (B, N)
     tokens1 = F1(view1, its masked patches replaced by a vector)  # Eq. 1     (B, N, D)
@@ -16,11 +16,11 @@ One training step on B images of N patches, D the width of a token, P the number
     L2 = DCL(Z1.mean(1), Z2.mean(1))                              # Eq. 8, 9  a number, of vectors (B, P)
     step of AdamW on λ·L1 + L2 for F1, T1 and the vector          # Eq. 10    F1's patch embedding is frozen, §2.3
 
-What may change the result, because the paper does not say it: whether branch 2 is branch 1 itself or, as in MoCo v3, an
-average of its weights over time (--target momentum; the small runs on the page chose), with which --momentum; the base
-rate (--lr: seven times MAE's), the temperature (--tau), what "normalized pixels" are (--norm-pixels), which tokens make
-z1 (--pool), whether Eq. 6 sums or averages over a patch's P pixel values (--lam 768 has the ViT's sum), and what
-accuracy means: probably fine-tuning.
+What the paper does not say, and what may change the result: whether branch 2 is branch 1 itself (our small runs chose
+this) or, as in MoCo v3, an average of its weights over time (--target momentum, how slow: --momentum); the base rate
+(--lr; nearly seven times MAE's); the temperature (--tau); what "normalized pixels" are (--norm-pixels); which tokens
+make z1 (--pool); whether Eq. 6 averages over a patch's P values, as here, or sums them (--lam 768 for the ViT); and
+whether "accuracy" is that of a fine-tuned network (probably) or of a linear probe.
 
     python mclim.py --epochs 100 --batch 16                  the paper's experiment, for a GPU
     python mclim.py --tiny --data shapes                     a first look on a laptop
@@ -51,7 +51,7 @@ class Config:
     # method
     mask: float = 0.6  # share of the blocks that is masked, §3.2
     lam: float = 1.0  # λ, weight of the reconstruction, Table 5; 0 leaves it out
-    tau: float = 0.2  # τ, temperature; the paper gives none, MoCo v3's
+    tau: float = 0.2  # τ, temperature; the paper gives no value, this is MoCo v3's
     contrast: Literal["dcl", "infonce", "none"] = "dcl"  # L₂: Eq. 9, Eq. 7, or no branch 2
     l1: Literal["pre", "rec"] = "pre"  # L₁ over the masked patches or over all, Table 4
     norm_pixels: bool = True  # "normalized pixels", §2.5: each patch at mean 0, deviation 1; no: view 1 as it is
@@ -65,7 +65,7 @@ class Config:
     blur: float = 0.0  # probability of blur in view 2; 0.8 is Table 2's last row
     # model
     backbone: Literal["vit", "swin", "hivit"] = "vit"  # encoder, Table 1
-    img: int = 224  # side of the views in pixels, from §3.2's mask blocks of 32×32
+    img: int = 224  # side of the views in pixels; a choice made here: §3.2's mask block would cover "original size", 32
     patch: int = 16  # side of a patch in pixels, from Table 1's 43.12 M
     dim: int = 768  # width D of the ViT, from Table 1's 43.12 M; Swin begins dim/6 wide, HiViT ends 2/3 dim wide
     depth: int = 6  # blocks of the ViT, Table 1; of Swin's third stage; HiViT's third stage has 4 more
@@ -82,7 +82,7 @@ class Config:
     steps: int = 0  # length of training and schedule in steps; 0: as --epochs says
     # run
     data: str = "cifar10"  # cifar10, cifar100, stl10, tiny-imagenet, shapes, or a folder; §3.1
-    images: int = 0  # train on so many images, a fixed choice; 0 for all
+    images: int = 0  # train on only so many images, the same ones in every run; 0 for all
     store: int = 0  # side in pixels at which images are kept, squeezed to squares; 0 for 8/7 of --img
     root: str = "data"  # where data sets are downloaded to and decoded
     out: str = ""  # folder of the run, new or empty (default: runs/mclim-DATE-TIME)
@@ -104,7 +104,8 @@ class Config:
         check(self.img % block == 0, "--img", self.img, f"must be a multiple of the mask block, {block}")
         check_least(self, 0, "lam")
         blocks = (self.img // block) ** 2
-        check(self.mask == self.lam == 0 or 0 < round(self.mask * blocks) < blocks, "--mask", self.mask,
+        some = 0 < self.mask < 1 and 0 < round(self.mask * blocks) < blocks
+        check(some or self.mask == self.lam == 0, "--mask", self.mask,
               f"must lie between 0 and 1 and leave some of {blocks} blocks masked and some visible (0 with --lam 0)")
         check(self.contrast == "none" or self.batch >= 2, "--batch", self.batch,
               "must be at least 2, or there are no negatives")
@@ -140,13 +141,14 @@ def views(images, cfg, aspect=None):
 
 
 def random_mask(B, N, ratio, device=None):
-    """Which of N places are masked: bool (B, N), 1 = masked, as many in each image, uniform over places."""
+    """Which of N places are masked: bool (B, N), 1 = masked: the same number in each, every place equally likely."""
     order = torch.rand(B, N, device=device).argsort(1)  # a permutation of 0 … N - 1 in each row
-    return order < round(ratio * N)
+    return order < round(ratio * N)  # true at exactly round(ratio·N) places of each row
 
 
 def repeat_blocks(mask, grid):
-    """The mask of blocks (B, N_b) as a mask of the image's grid×grid patches (B, grid·grid): each as its block. §2.2"""
+    """The mask of blocks (B, N_b) as a mask of the image's grid×grid patches, (B, grid·grid): a patch is masked where
+    its block is. §2.2"""
     side = math.isqrt(mask.shape[1])
     mask = mask.unflatten(1, (side, side))
     return mask.repeat_interleave(grid // side, 1).repeat_interleave(grid // side, 2).flatten(1)
@@ -164,14 +166,15 @@ class MCLim(nn.Module):
         block = cfg.patch if cfg.backbone == "vit" else 2 * cfg.patch  # side of a mask block, §3.2
         self.N_b = (cfg.img // block) ** 2
         self.mask_token = nn.Parameter(torch.zeros(self.encoder.embed_dim), requires_grad=cfg.mask > 0)  # p^u
-        nn.init.normal_(self.mask_token, std=0.02)  # MAE's
+        nn.init.normal_(self.mask_token, std=0.02)  # MAE's; trained only if something is masked
         D, P = self.encoder.dim, 3 * self.encoder.stride ** 2
         if cfg.head == "linear":  # Table 3
             self.T1 = nn.Linear(D, P)
         elif cfg.head == "mlp":
             self.T1 = mlp(D, round(cfg.hidden * D), P)
         else:
-            self.T1 = nn.Sequential(Block(D, cfg.heads if cfg.backbone == "vit" else D // 64), nn.Linear(D, P))
+            heads = cfg.heads if cfg.backbone == "vit" else D // 64  # 64 channels a head, as ViT-Base has
+            self.T1 = nn.Sequential(Block(D, heads), nn.Linear(D, P))
         self.T1.apply(init_weights)
         if cfg.contrast != "none":
             shared = cfg.target == "shared"
@@ -181,7 +184,8 @@ class MCLim(nn.Module):
     def forward(self, view1, view2):
         """Normalised views (B, 3, H, W) → {"loss": Eq. 10, "reconstruction": Eq. 6, "contrast": Eq. 9 or 7}, without
         what λ = 0 or --contrast none leaves out."""
-        cfg, s, L1, L2, losses = self.cfg, self.encoder.stride, 0, 0, {}
+        cfg, s = self.cfg, self.encoder.stride  # a token stands for s×s pixels (not the paper's superscript s)
+        losses, L1, L2 = {}, 0, 0  # what is left out stays 0
         block_mask = random_mask(len(view1), self.N_b, cfg.mask, view1.device)  # §2.2, (B, N_b)
         patch_mask = repeat_blocks(block_mask, view1.shape[2] // s)  # (B, N)
         tokens1 = self.encoder(view1, block_mask, self.mask_token)  # Eq. 1, (B, N, D)
@@ -197,8 +201,8 @@ class MCLim(nn.Module):
             Z2 = self.T2(tokens2)  # Eq. 5, (B, N, P)
             z1 = mean_where(Z1, ~patch_mask) if cfg.pool == "visible" else Z1.float().mean(1)  # (B, P)
             z1, z2 = gather(z1), gather(Z2.float().mean(1))  # (world·B, P)
-            loss = dcl_loss if cfg.contrast == "dcl" else info_nce_loss  # Eq. 9 or Eq. 7
-            losses["contrast"] = L2 = loss(z1, z2, cfg.tau)
+            contrastive_loss = dcl_loss if cfg.contrast == "dcl" else info_nce_loss  # Eq. 9 or Eq. 7
+            losses["contrast"] = L2 = contrastive_loss(z1, z2, cfg.tau)
         return {"loss": cfg.lam * L1 + L2, **losses}  # Eq. 10
 
     @torch.no_grad()
@@ -219,7 +223,7 @@ class MCLim(nn.Module):
 
 
 def reconstruction_loss(pred, target, mask):
-    """Mean squared error of (B, N, P) over the patches where mask (B, N) is 1; 0 where none is. Eq. 6"""
+    """Mean squared error of (B, N, P) over the patches where mask (B, N) is 1; 0 if there is none. Eq. 6"""
     error = (pred.float() - target.float()).square().mean(2)  # (B, N)
     return (error * mask).sum() / mask.sum().clamp(min=1)
 
@@ -261,8 +265,8 @@ def train(cfg):
     init_encoders(model, cfg.init)
     if cfg.recompute:
         recompute(model)
-    net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model
-    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws as without compiling
+    net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model  # buffers never differ
+    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws the same random numbers
     peak = cfg.lr * cfg.batch * here.world / 256  # §3.2
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, fused=True)  # §3.2
 
@@ -298,8 +302,8 @@ def ema(average, model, m):
 
 
 class Gather(torch.autograd.Function):
-    """(B, D) → (world·B, D). Every process computes the same loss from all rows: backward's sum over the processes is
-    world times the gradient of a row, and DistributedDataParallel's average divides by world."""
+    """(B, D) → (world·B, D). Every process computes the same loss of all rows. Backward adds up the gradients of all
+    processes, which gives world times that of a row; DistributedDataParallel's average divides by world again."""
     @staticmethod
     def forward(ctx, z):
         rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
@@ -308,7 +312,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)
+        grad = grad.clone(memory_format=torch.contiguous_format)  # all_reduce writes into it
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -347,15 +351,15 @@ def sincos_pos_embed(dim, grid):
     """Fixed sine-cosine positions of grid×grid patches, (1, N, D): half of D for the row, half for the column."""
     omega = 10000 ** -(torch.arange(dim // 4) / (dim // 4))
     angle = torch.arange(grid)[:, None] * omega  # (grid, D/4)
-    one = torch.cat([angle.sin(), angle.cos()], 1)  # (grid, D/2)
-    rows, columns = one[:, None].expand(grid, grid, -1), one[None].expand(grid, grid, -1)
+    axis = torch.cat([angle.sin(), angle.cos()], 1)  # of a row or a column, (grid, D/2)
+    rows, columns = axis[:, None].expand(grid, grid, -1), axis[None].expand(grid, grid, -1)
     return torch.cat([rows, columns], 2).reshape(1, grid * grid, dim)
 
 
 def init_weights(module):
-    """Xavier-uniform weights and zero biases, as in MAE; a patch embedding counts as a linear layer."""
+    """Xavier-uniform weights, zero biases, as in MAE, where only the patch embedding's bias begins as PyTorch's."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.xavier_uniform_(module.weight.data.flatten(1))
+        nn.init.xavier_uniform_(module.weight.data.flatten(1))  # flatten gives a view: the weight is filled
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -402,8 +406,8 @@ class Block(nn.Module):
 
 
 # The three encoders of Table 1 look alike from outside. What MCLim reads of them: `stride`, the side in pixels of what
-# a token stands for; `dim`, a token's width; `embed_dim`, its width where it is masked; `patch_embed`, what is frozen.
-# `grid` is the number of places along a side where mask_token may stand.
+# a token stands for; `dim`, a token's width; `embed_dim`, the width right behind `patch_embed`, which is mask_token's;
+# `patch_embed`, what is frozen. `grid` is the number of places along a side where mask_token may stand.
 
 class Encoder(nn.Module):
     """The ViT without class token; its state dict loads into timm's ViT of the same size (class_token=False,
@@ -437,7 +441,8 @@ class Encoder(nn.Module):
 
 
 class SwinEncoder(nn.Module):
-    """Swin [2, 2, depth, 2] with windows of 7, torchvision's: a token stands for 2p×2p pixels."""
+    """Swin [2, 2, depth, 2] with windows of 7, torchvision's: it begins with patches of p/4 pixels, and a token of the
+    end stands for 2p×2p. Its attention is torchvision's, too, in bfloat16 under autocast on CPUs as well."""
     def __init__(self, cfg):
         super().__init__()
         width = cfg.dim // 6
@@ -445,7 +450,7 @@ class SwinEncoder(nn.Module):
                                [width // 32 * 2 ** i for i in range(4)], [7, 7],
                                stochastic_depth_prob=0.0)  # none, as in the ViT: features must not be random
         self.stride, self.dim, self.embed_dim, self.grid = 2 * cfg.patch, 8 * width, width, 4 * cfg.img // cfg.patch
-        self.patch_embed, _, self.patch_norm = swin.features[0]  # between them the channels move to the end
+        self.patch_embed, _, self.patch_norm = swin.features[0]  # the middle part is the permute of forward
         self.stages, self.norm = swin.features[1:], swin.norm
         self.patch_embed.apply(init_weights)  # all other weights begin as torchvision's
 
@@ -481,7 +486,11 @@ class RelativeAttention(nn.Module):
     def forward(self, x):
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, N, d) each
         bias = self.relative_position_bias[self.offset].permute(2, 0, 1)  # (K, N, N)
-        x = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))  # (B, K, N, d)
+        if x.device.type == "cpu":  # in float32, as in attend
+            with torch.autocast("cpu", enabled=False):
+                x = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), bias)  # (B, K, N, d)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype).contiguous())  # (B, K, N, d)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
@@ -533,7 +542,7 @@ class HiViTEncoder(nn.Module):
         self.patch_norm = nn.LayerNorm(dim // 4, eps=1e-6)
         stage1, stage2 = ([MlpBlock(w, 3 * w) for _ in range(4)] for w in (dim // 4, dim // 2))  # two MLPs a block
         self.stem = nn.Sequential(*stage1, Merge(dim // 4), *stage2, Merge(dim // 2))
-        self.pos_embed = nn.Parameter(torch.zeros(1, grid * grid, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid * grid, dim))  # learned, besides the blocks' biases
         self.blocks = nn.ModuleList(RelativeBlock(dim, dim // 64, grid) for _ in range(cfg.depth + 4))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)

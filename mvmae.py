@@ -18,10 +18,10 @@ One training step on B images (the paper's N) of N patches, V visible, D the wid
 
 What may change the result, because the paper does not say it, and its flag:
     --pool      which vector of a latent is contrasted; no projection head, because the paper names none
-    --norm-pixels, --pixels      the target of Eq. 3, and which patches count; --pixels all --lam 1.3e-5: as printed
-    --tau       0.07 is called SimCLR's default, but it is MoCo's; --crop-min, --kernel: how crops are made
-    --mask, --lam, --decoder-depth      with which of these the rows of Tables 5 and 6 were made
-
+    --norm-pixels, --pixels      target of Eq. 3, which patches count; as printed: --pixels all --lam 1.3e-5 (at 224)
+    --tau       0.07 is called SimCLR's default, but it is MoCo's
+    --crop-min, --kernel         the smallest crop, and how crops are resized
+    --mask, --lam, --decoder-depth      which values of these the rows of Tables 5 and 6 were made with
     python mvmae.py --data PATH                              the paper's run, ImageNet-1K in PATH, on one GPU
     python mvmae.py --tiny --data shapes                     a first look on a laptop
     python eval_finetune.py runs/mvmae-DATE-TIME             accuracy, fine-tuned; then eval_linear.py, show.py
@@ -55,7 +55,7 @@ class Config:
     targets: Literal["two", "same", "one"] = "two"  # two crops; one crop masked twice, Table 6; one view, MAE
     pool: Literal["mean", "cls"] = "mean"  # the vector of Eq. 4: the patches' mean (a choice made here), or class token
     pixels: Literal["masked", "all"] = "masked"  # Eq. 3 over the masked patches (MAE's), or over all
-    norm_pixels: bool = False  # target of Eq. 3: patches at mean 0, deviation 1 (better in MAE's paper); no: as is
+    norm_pixels: bool = False  # target of Eq. 3: each patch at mean 0, deviation 1 (better in MAE's paper), or as it is
     crop_min: float = 0.2  # smallest crop, share of the area; MAE's
     kernel: Literal["linear", "bicubic"] = "linear"  # how crops are resized; a choice made here, MAE's is bicubic
     # model
@@ -76,7 +76,7 @@ class Config:
     steps: int = 0  # length of training and schedule in steps; 0: as --epochs says
     # run
     data: str = "cifar10"  # cifar10, cifar100, stl10, tiny-imagenet, shapes, or a folder; §4.1 has ImageNet-1K
-    images: int = 0  # train on so many images, a fixed choice; 0 for all
+    images: int = 0  # train on only so many images, the same ones in every run; 0 for all
     store: int = 0  # side in pixels at which images are kept, squeezed to squares; 0 for 8/7 of --img
     root: str = "data"  # where data sets are downloaded to and decoded
     out: str = ""  # folder of the run, new or empty (default: runs/mvmae-DATE-TIME)
@@ -102,6 +102,7 @@ class Config:
         check(0 < self.crop_min <= 1, "--crop-min", self.crop_min, "must be above 0 and at most 1")
 
 
+# The rate is higher than the paper's because the training is short.
 TINY = Config(img=32, patch=4, dim=192, depth=4, heads=3, decoder_depth=2, decoder_dim=96, decoder_heads=3, epochs=16,
               batch=128, lr=1e-3, warmup=1.0, knn_every=1, tiny=True)
 
@@ -126,9 +127,9 @@ def views(images, cfg, aspect=None):
 
 
 def random_mask(B, N, ratio, device=None):
-    """Which of N places are masked: bool (B, N), 1 = masked, as many in each image, uniform over places."""
+    """Which of N places are masked: bool (B, N), 1 = masked: the same number in each, every place equally likely."""
     order = torch.rand(B, N, device=device).argsort(1)  # a permutation of 0 … N - 1 in each row
-    return order < round(ratio * N)
+    return order < round(ratio * N)  # true at exactly round(ratio·N) places of each row
 
 
 def visible_first(mask):
@@ -168,7 +169,7 @@ class MVMAE(nn.Module):
         counted = mask if cfg.pixels == "masked" else torch.ones_like(mask)  # (views·B, N)
         L_r = reconstruction_loss(y, target, counted)  # Eq. 3
         if cfg.lam == 0:
-            return {"loss": L_r, "reconstruction": L_r}
+            return {"loss": L_r, "reconstruction": L_r}  # Eq. 7 with λ = 0
 
         z1, z2 = self.encoder.vector(z).chunk(2)  # (B, D) each
         z1, z2 = gather(z1), gather(z2)  # (world·B, D)
@@ -193,7 +194,7 @@ class MVMAE(nn.Module):
 
 
 def reconstruction_loss(pred, target, mask):
-    """Mean squared error of (B, N, P) over the patches where mask (B, N) is 1; 0 where none is. Eq. 3"""
+    """Mean squared error of (B, N, P) over the patches where mask (B, N) is 1; 0 if there is none. Eq. 3"""
     error = (pred.float() - target.float()).square().mean(2)  # (B, N)
     return (error * mask).sum() / mask.sum().clamp(min=1)
 
@@ -221,8 +222,8 @@ def train(cfg):
     init_encoders(model, cfg.init)
     if cfg.recompute:
         recompute(model)
-    net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model
-    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws as without compiling
+    net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model  # buffers never differ
+    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws the same random numbers
     peak = cfg.lr * cfg.batch * here.world / 256  # MAE's rule: base rate · images of a step / 256
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, betas=(0.9, 0.95), fused=True)  # §4.1.1
 
@@ -249,8 +250,8 @@ def train(cfg):
 # Parts. K heads, each d = D/K wide; width: the decoder's D.
 
 class Gather(torch.autograd.Function):
-    """(B, D) → (world·B, D). Every process computes the same loss from all rows: backward's sum over the processes is
-    world times the gradient of a row, and DistributedDataParallel's average divides by world."""
+    """(B, D) → (world·B, D). Every process computes the same loss of all rows. Backward adds up the gradients of all
+    processes, which gives world times that of a row; DistributedDataParallel's average divides by world again."""
     @staticmethod
     def forward(ctx, z):
         rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
@@ -259,7 +260,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)
+        grad = grad.clone(memory_format=torch.contiguous_format)  # all_reduce writes into it
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -293,15 +294,15 @@ def sincos_pos_embed(dim, grid):
     """Fixed sine-cosine positions of grid×grid patches, (1, N, D): half of D for the row, half for the column."""
     omega = 10000 ** -(torch.arange(dim // 4) / (dim // 4))
     angle = torch.arange(grid)[:, None] * omega  # (grid, D/4)
-    one = torch.cat([angle.sin(), angle.cos()], 1)  # (grid, D/2)
-    rows, columns = one[:, None].expand(grid, grid, -1), one[None].expand(grid, grid, -1)
+    axis = torch.cat([angle.sin(), angle.cos()], 1)  # of a row or a column, (grid, D/2)
+    rows, columns = axis[:, None].expand(grid, grid, -1), axis[None].expand(grid, grid, -1)
     return torch.cat([rows, columns], 2).reshape(1, grid * grid, dim)
 
 
 def init_weights(module):
-    """Xavier-uniform weights and zero biases, as in MAE; a patch embedding counts as a linear layer."""
+    """Xavier-uniform weights, zero biases, as in MAE, where only the patch embedding's bias begins as PyTorch's."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.xavier_uniform_(module.weight.data.flatten(1))
+        nn.init.xavier_uniform_(module.weight.data.flatten(1))  # flatten gives a view: the weight is filled
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -363,8 +364,8 @@ class Encoder(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
 
     def forward(self, x, visible=None):
-        """Images (B, 3, H, W), of which the patches `visible` (B, V) are seen, all N if None → (B, 1 + V, D), class
-        token first."""
+        """Images (B, 3, H, W) → (B, 1 + V, D), class token first. Only the patches `visible` (B, V) are seen; None: all
+        N."""
         x = self.patch_embed(x).flatten(2).mT + self.pos_embed[:, 1:]  # (B, N, D)
         x = x if visible is None else take(x, visible)  # (B, V, D)
         x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)  # (B, 1 + V, D)

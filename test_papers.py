@@ -164,6 +164,15 @@ def test_gradients_leave_out_averages_and_the_patch_embedding(cfg, head, target)
         assert p.grad is None if frozen else p.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("cfg", [cfg for cfg in BACKBONES if cfg.backbone != "swin"], ids=lambda cfg: cfg.backbone)
+def test_attention_is_in_float32_on_a_cpu(cfg, monkeypatch):
+    seen, attention = set(), F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *rest: seen.add(q.dtype) or attention(q, *rest))
+    with torch.autocast("cpu", torch.bfloat16):
+        build(cfg).encoder(normal(2, 3, 16, 16))
+    assert seen == {torch.float32}
+
+
 @pytest.mark.parametrize("cfg", BACKBONES, ids=lambda cfg: cfg.backbone)
 def test_backbones_for_evaluation(cfg):
     model, x = build(cfg), normal(4, 3, 16, 16)
@@ -506,13 +515,14 @@ def test_views_around_boxes_keep_true_proportions(monkeypatch):
     assert seen == [((0.2, 1.0), aspect)] * 2                                              # plain crops, without boxes
 
 
-def test_boxes_are_located_image_by_image_and_crops_are_plain_before(tmp_path, monkeypatch):
+def test_boxes_are_located_image_by_image_and_crops_are_plain_before(tmp_path, monkeypatch, capsys):
     seen = []  # for each view of a step: image → its box
     monkeypatch.setattr(cmae, "contrastive_crop", lambda images, size, scale, boxes, alpha, aspect: seen.append(
         {image.numpy().tobytes(): box.tolist() for image, box in zip(images, boxes)}) or common.resize(images, size))
     cfg = replace(SMALL["cmae"], epochs=4, warmup=0.0, crop_from=1, crop_every=2, k=0.5, amp=False, data="shapes",
                   images=32, out=str(tmp_path / "run"))
     cmae.train(cfg)
+    assert "no ContrastiveCrop" not in capsys.readouterr().out
     assert len(seen) == 2 * 2 * 3                                # two views, two steps, epochs 1 to 3, none in epoch 0
     first, second, third = ({**seen[i], **seen[i + 2]} for i in (0, 4, 8))
     assert first == second != third                                                        # anew in epochs 1 and 3
@@ -523,6 +533,8 @@ def test_boxes_are_located_image_by_image_and_crops_are_plain_before(tmp_path, m
     boxes.locate(model, x, common.start_processes("cpu"))
     heat = torch.cat([model.heat(common.normalize(common.resize(image[None], 16))) for image in x])
     assert torch.equal(boxes.boxes, cmae.semantic_boxes(heat, cfg.k))
+    cmae.train(replace(cfg, steps=2, out=str(tmp_path / "short")))  # two steps are the first epoch
+    assert "no ContrastiveCrop" in capsys.readouterr().out and len(seen) == 12
 
 
 @pytest.mark.parametrize("heat", ["attention", "features"])
@@ -856,6 +868,17 @@ def test_attention_of_the_contrastive_pass_is_attention_in_full(autocast):
     for head in range(3):
         full = torch.softmax(q[:, :, head] @ k[:, :, head].transpose(1, 2) / 4, 2)         # (B, 1 + N, 1 + N)
         assert torch.allclose(attention[:, head], full[:, 0, 1:], atol=1e-6)
+
+
+def test_masks_drawn_without_gradient_leave_the_weights_theirs_under_autocast():
+    gradients = []
+    for autocast in (False, True):
+        model, view = build(replace(SMALL["camae"], contrast=False, mask_by="idm")), normal(6, 3, 16, 16)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model(view, view, torch.tensor([1]))["loss"].backward()
+        gradients.append([p.grad for p in model.encoder.blocks.parameters()])
+    for full, rough in zip(*gradients):
+        assert (full - rough).norm() < 0.2 * full.norm()
 
 
 @pytest.mark.parametrize("change", [{}, {"mask_by": "random"}, {"contrast": False}, {"norm_pixels": True},

@@ -14,7 +14,7 @@ from images import (Batches, UserError, adjust_brightness, adjust_contrast, adju
                     normalize, random_grayscale, random_hflip, random_resized_crop, resize)
 from pictures import draw_curves, draw_images, reconstruction_rows
 from weights import (autocast, check_features, effective_rank, extract_features, fixed_choice, init_encoders,
-                     keep_memory, knn_accuracy, knn_votes, load_checkpoint, newest, online_knn, recompute,
+                     keep_memory, knn_accuracy, knn_votes, load_checkpoint, newest, online_knn, param_groups, recompute,
                      save_checkpoint, save_file, timm_call)
 
 RESUMABLE = {  # these may change when a run is resumed
@@ -89,12 +89,17 @@ def launch(method, Config, TINY, train, argv=None):
 def answer(program, job, smaller="lower --batch"):
     """Runs job(). Returns the exit status: 2, one line on standard error says what to mend (`smaller`: where a GPU's
     memory is full); 1, the loss blew up; 130, ^C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has it not
+            stream.reconfigure(errors="replace")  # a file on Windows may know no Greek letters
     try:
         job()
         return 0
     except (UserError, OSError) as error:
         line, status = str(error), 2
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        if "out of memory" not in str(error):
+            raise
         line, status = f"out of GPU memory: {smaller}", 2
     except FloatingPointError as error:
         line, status = str(error), 1
@@ -170,10 +175,14 @@ def start_processes(device="auto"):
     check(cuda or device != "cuda", "--device", device, "no CUDA GPU is at hand; cpu and auto will run")
     keep_memory()
     if cuda:
+        check(local < (n := torch.cuda.device_count()), "--nproc-per-node", world, f"there are only {n} GPUs")
         torch.cuda.set_device(local)
+        torch.cuda.empty_cache()  # of a run before in this process
+        torch.cuda.reset_peak_memory_stats()
     if world > 1 and not dist.is_initialized():
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save yet: ^C ends them all without a word
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=12))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=12),
+                                device_id=torch.device("cuda", local) if cuda else None)
     return Here(rank, world, torch.device("cuda", local) if cuda else torch.device("cpu"))
 
 
@@ -194,15 +203,6 @@ def cosine_lr(step, steps, warmup, peak):
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def param_groups(model, wd):
-    """AdamW's groups of what is trained: no weight decay on biases and norms (one-dimensional), tokens, positions."""
-    groups = [{"params": [], "weight_decay": wd}, {"params": [], "weight_decay": 0.0}]
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            groups[p.ndim < 2 or "token" in name or "pos" in name]["params"].append(p)
-    return groups
 
 
 def load_data(cfg):
@@ -228,8 +228,7 @@ class Run:
     """The folder of a run: config, metrics, curves, pictures, checkpoints; only the first process writes.
 
     After SIGINT or SIGTERM the loop finishes its step, `save` saves, and `stopped` is true. `columns`: what is
-    written once an epoch by `write`. Raises UserError for an --out that holds something.
-    """
+    written once an epoch by `write`. Raises UserError for an --out that holds something."""
     def __init__(self, method, cfg, here, per_epoch, columns=("knn", "rank")):
         self.folder = pathlib.Path(cfg.out or time.strftime(f"runs/{method}-%Y%m%d-%H%M%S"))
         self.method, self.cfg, self.here, self.per_epoch, self.columns = method, cfg, here, per_epoch, columns
@@ -297,9 +296,11 @@ class Run:
 
     def command(self, program, processes=1):
         """What to type so that so many processes of `program` take up this run."""
-        python, here = min(sys.executable, os.path.relpath(sys.executable), key=len), pathlib.Path(__file__)
+        here, drives = pathlib.Path(__file__), {pathlib.Path(p).drive for p in (sys.executable, __file__, os.getcwd())}
+        near = os.path.relpath if len(drives) == 1 else str  # Windows has no path from one drive to another
+        python = min(sys.executable, near(sys.executable), key=len)
         many = f"-m torch.distributed.run --nproc-per-node {processes} " if processes > 1 else ""  # torchrun
-        return f"{python} {many}{os.path.relpath(here.with_name(program))} {shlex.quote(str(self.folder))}"
+        return f"{python} {many}{near(here.with_name(program))} {shlex.quote(str(self.folder))}"
 
     def write(self, *rows):
         """Adds rows, column → value, to metrics.csv; the first ones of this process make the file anew."""
@@ -319,11 +320,10 @@ class Run:
     def log(self, step, losses, lr):
         """Sums a step's terms; writes and shows their means every --log-every steps of an epoch, at its end, and after
         a signal. Shows them after the first step and every ten seconds, too. Within an epoch the loop waits for the
-        device only here. Raises FloatingPointError when a term is not finite.
-        """
+        device only here. Raises FloatingPointError when a term is not finite."""
         for name, value in losses.items():
             total, n = self.sums.get(name, (0.0, 0))
-            self.sums[name] = total + value.detach(), n + 1
+            self.sums[name] = (total + value.detach(), n + 1)
         self.leaving, first = self.signal > 0 and self.here.world == 1, step == self.first_step + 1
         due = step % self.per_epoch % self.cfg.log_every == 0 or step == self.steps or self.leaving
         if not (due or first or time.time() > self.shown_time + 10):
@@ -344,7 +344,7 @@ class Run:
                       f"{datetime.timedelta(seconds=round(left))} left", live=True)
             if due:
                 row = {"step": step, "epoch": round(epoch, 4), "lr": lr, **dict.fromkeys(self.columns, "")}
-                self.write({**row, **means, "images_per_second": round(speed, 1)})
+                self.write({**row, **means, "images_per_second": round(speed, 3)})
             if not first and left > 86_400 and self.here.device.type == "cpu" and not (self.warned or self.cfg.tiny):
                 self.tell(f"at this pace it takes {left / 86_400:.1f} days on this CPU; --tiny is made for CPUs")
                 self.warned = True
@@ -365,7 +365,7 @@ class Run:
         if self.here.rank == 0:
             if not all(p.isfinite().all() for p in model.parameters()):
                 raise FloatingPointError(f"a weight is not finite at step {step}; {newest(self.folder)}")
-            save_file(model.encoder.state_dict(), self.folder / "encoder.pt")
+            save_file({name: w.cpu() for name, w in model.encoder.state_dict().items()}, self.folder / "encoder.pt")
             if train is not None and not rest and self.cfg.knn_every and epoch % self.cfg.knn_every == 0:
                 found = check_features(model.encoder, train, test, self.cfg, self.here)
                 self.write({"step": step, "epoch": epoch, **found})
@@ -383,13 +383,13 @@ class Run:
             save_checkpoint(self.folder / "last.pt", self.method, self.cfg, step, model=model, **parts)
         self.stopped, self.clock, self.logged_step = self.leaving, time.time(), step
 
-    def finish(self, following=("eval_linear.py", "show.py")):
+    def finish(self, following=("eval_linear.py", "eval_finetune.py", "show.py")):
         """Says where everything is and which programs are next; returns the folder, or exits with 128 + the signal."""
         for sign, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
             signal.signal(sign, usual)
         if self.here.rank == 0:
             seconds, cuda = round(time.time() - self.start_time), self.here.device.type == "cuda"
-            peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory" if cuda else ""
+            peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory allocated" if cuda else ""
             self.tell(f"{'stopped' if self.stopped else 'done'} after {datetime.timedelta(seconds=seconds)}{peak}; "
                       f"pictures, metrics, checkpoints: {self.folder}")
             again = self.command(f"{self.method}.py --resume", self.here.world)

@@ -4,17 +4,17 @@
     python compare.py --tiny --data PATH --gflop 2000000                      your images, in train/CLASS and test/CLASS
     python compare.py --tiny --rows FILE --equal epochs --epochs 4            your own rows, equally many epochs
 
-A row is a command line of a method file: the eight of ROWS, or what a FILE has, one a line, with a name or without:
-"no contrast = mclim.py --contrast none". Flags that --help does not list go to every row; what a row has itself wins.
+A row is a command line: the eight of ROWS, or those of a FILE, one a line, with a name or without: "no contrast =
+mclim.py --contrast none". Flags that --help does not list go to every row; what a row has itself wins.
 
 The budget is compute, so that the table is the same on a fast and on a slow machine: --gflop is what one run may spend
-on the forward and backward passes of its training, as eval_speed.gflop_per_image counts them. Each row takes as many
-steps as that pays for, and its schedule follows. With --equal epochs every row trains for --epochs instead.
+on forward and backward passes, as eval_speed.gflop_per_image counts them. Each row takes as many steps as that pays
+for. With --equal epochs every row trains for --epochs instead.
 
-Each run is an ordinary run folder in --out, trained, then evaluated by eval_linear.py on the same --images. Stopped or
-killed, the same command continues and repeats nothing; seeds and rows may be added. Start it once at a time for one
---out. table.txt, .csv and .png have means, deviations over seeds, and p against the --baseline row by Student's t,
-two-sided, the variance pooled over all rows. A star marks p < 0.01; among many rows and scores chance reaches it too.
+Each run is an ordinary run folder in --out, trained, then evaluated by eval_linear.py on the same --images. If it was
+stopped or killed, the same command continues; seeds and rows may be added. Do not start it twice for one --out.
+table.txt, .csv and .png have means, deviations over seeds, and p against the --baseline row by Student's t, two-sided,
+the variance pooled over all rows. A star marks p < 0.01; among many rows and scores chance reaches it too.
 """
 import csv, dataclasses, datetime, gc, importlib, json, math, os, pathlib, re, shlex, shutil, statistics, sys, time
 
@@ -47,7 +47,8 @@ def read_rows(text):
     for line in map(str.strip, text.splitlines()):
         if line and not line.startswith("#"):
             parts = re.fullmatch(r"(?:(.+?)\s*=\s*)?(mclim|mvmae|cmae|macrl|camae)\.py(\s.*)?", line)
-            check(parts, "--rows", line, "must read NAME = METHOD.py FLAGS")
+            paired = parts and re.fullmatch(r"""([^"']|"[^"]*"|'[^']*')*""", parts[3] or "")  # quotes come in pairs
+            check(paired, "--rows", line, "must read NAME = METHOD.py FLAGS")
             short = re.sub(r"\W+", "-", (parts[1] or line).lower()).strip("-")
             check(short not in ["", *(row[0] for row in rows.values())], "--rows", line,
                   "needs a name that differs from all others in letters or digits")

@@ -59,7 +59,7 @@ def read_pair(image, annotation, side):
     try:
         indices = Image.open(annotation)
         indices.load()
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{annotation}: can't be read as an image ({error})") from error
     check(indices.mode in ("L", "P"), "--data", annotation, f"must be a PNG of indices 0 to 255, but is {indices.mode}")
     picture = read_image(image, 1 << 16)  # so large that no JPEG is made smaller as it is decoded

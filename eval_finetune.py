@@ -278,7 +278,7 @@ def train(cfg):
         print(f"{network}\n{len(kept):,} labelled images, {len(queries):,} test images, {len(classes)} classes{fewer}",
               flush=True)
     net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model
-    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws as without compiling
+    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws the same random numbers
     peak = cfg.lr * cfg.batch * here.world / 256  # MAE's rule
     optimizer = torch.optim.AdamW(layer_groups(model, cfg.wd, cfg.layer_decay), lr=peak, fused=True)  # MAE's betas
 
@@ -292,8 +292,9 @@ def train(cfg):
         seed_step(cfg.seed, step, here.rank)
         images, shape = batches[step]
         x = views(images, pre.img, cfg, shape)
-        targets = F.one_hot(labels[batches.ids(step)], len(classes)).float()  # (B, classes)
-        x, targets = mixup(x, targets.to(here.device, non_blocking=True), cfg.mixup, cfg.mixup_alpha)
+        known_labels = labels[batches.ids(step)].to(here.device, non_blocking=True)  # (B,)
+        targets = F.one_hot(known_labels, len(classes)).float()  # (B, classes)
+        x, targets = mixup(x, targets, cfg.mixup, cfg.mixup_alpha)
         with autocast(here.device, cfg.amp):
             scores = net(x)  # (B, classes)
         loss = F.cross_entropy(scores, targets, label_smoothing=cfg.smoothing)

@@ -104,7 +104,7 @@ def tokens_of(encoder, parts, img, here, amp=True):
     """Two Tokens, of the training and of the test images, `parts` of load_data, cropped to img×img, and two tensors,
     encoder.features of both (N, D) and (Q, D), which the same pass gives; None where the Tokens are not held."""
     @torch.no_grad()
-    def encode(images, aspect, features, ids):
+    def encode(images, aspect, features, ids):  # fills `features`, too: wholly where all tokens are held
         tokens = []
         for part in ids.split(250):
             x = normalize(central_crop(images[part].to(here.device), img, aspect[part]))

@@ -157,7 +157,7 @@ def reading(cfg, here):
                 with open(file, "rb") as opened:
                     os.fsync(opened.fileno())
                     os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            images = torch.from_numpy(np.load(file, mmap_mode="c"))
+            images = torch.from_numpy(np.load(file, mmap_mode="r"))
             batches = Batches((images[:0], None, torch.ones(2048)), min(cfg.batch, 256), 0, here, torch.arange(2048))
             batches.images, begin = images, time.perf_counter()  # only now: Batches would move them to a GPU
             for step in range(len(batches)):
@@ -188,6 +188,7 @@ class PilViews(Dataset):
 
 def measure(method, flags):
     """Prints all rates of `method` with `flags`. Raises UserError, OSError."""
+    check(os.environ.get("WORLD_SIZE", "1") == "1", "torchrun", "eval_speed.py", "runs alone, on one device")
     check(method in ("mclim", "mvmae", "cmae", "macrl", "camae"), "METHOD", repr(method),
           "the first word must be a method, as in eval_speed.py mclim --tiny")
     module = importlib.import_module(method)

@@ -4,7 +4,7 @@ Image batches are (B, 3, H, W). Crops take uint8 or floats in 0…1 and give flo
 and give. All draw each image's own random numbers on the CPU, where nothing waits for them, and compute on the images'
 device.
 """
-import glob, hashlib, math, os, pathlib, random, socket, sys
+import glob, hashlib, math, os, pathlib, random, shutil, socket, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,6 +19,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for ever
 SETS = {"cifar10": (datasets.CIFAR10.url, "163 MB"), "cifar100": (datasets.CIFAR100.url, "161 MB"),
         "stl10": (datasets.STL10.url, "2.5 GB"),  # the address of each set's archive, and its size
         "tiny-imagenet": ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "237 MB")}
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # no one writes into the decoded file
 KINDS = ".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"  # what counts as an image in a folder
 
 
@@ -70,8 +71,7 @@ def download(data, split, root):
         if data == "stl10":
             return datasets.STL10(root, "train+unlabeled" if split == "train" else split, download=True)
         if data != "tiny-imagenet":
-            kind = datasets.CIFAR10 if data == "cifar10" else datasets.CIFAR100
-            return kind(root, split == "train", download=True)
+            return (datasets.CIFAR10 if data == "cifar10" else datasets.CIFAR100)(root, split == "train", download=True)
         if not folder.exists():  # unpacked aside and then moved: an interrupted one is never taken for the whole
             md5 = "90528d7ca1a48142e341f4ef8d21d0de"
             datasets.utils.download_and_extract_archive(address, root, f"{folder}.part", md5=md5)
@@ -84,15 +84,15 @@ def download(data, split, root):
 
 
 def load_folder(folder, split, size, root, workers):
-    """load_images of a folder, decoded once into a memory-mapped file in root/cache: 252 GB for ImageNet at S = 256.
+    """load_images of a folder, decoded once into a memory-mapped file in root/cache: ImageNet's train is 252 GB large.
 
     The folder holds train/CLASS/… and test/CLASS/… or val/CLASS/…. Its train/ may stand alone, and may be without
     classes; where there is no train/, all images in the folder and below are for training. An image outside a class's
     folder has the label -1. With only one class all labels are -1: there is nothing to tell apart, and no kNN check.
     """
+    check(folder and pathlib.Path(folder).is_dir(), "--data", folder or '""', f"is none of {', '.join(SETS)}, shapes, "
+          "and no folder of images or of train/CLASS/IMAGE and test/CLASS/IMAGE")
     folder = pathlib.Path(folder)
-    check(folder.is_dir(), "--data", folder, f"is none of {', '.join(SETS)}, shapes, and no folder of images or of "
-          "train/CLASS/IMAGE and test/CLASS/IMAGE")
     notes = folder / "val" / "val_annotations.txt"  # Tiny-ImageNet's list of the classes in val/images
     train = folder / "train" if (folder / "train").is_dir() else folder
     tests = [folder / "val" / "images"] if notes.exists() else [folder / "test", folder / "val"]
@@ -104,7 +104,7 @@ def load_folder(folder, split, size, root, workers):
     check(files, "--data", folder, f"{place} holds no images")
     below, classes = [file[len(str(place)) + 1:] for file in files], class_names(folder)
     if split == "test" and notes.exists():
-        names = list(map(dict(line.split()[:2] for line in notes.read_text().splitlines()).get, below))
+        names = list(map(dict(row[:2] for row in map(str.split, notes.read_text().splitlines()) if row).get, below))
     else:
         names = [path.split(os.sep)[0] if os.sep in path else None for path in below]
     strange = sorted(set(names) - {None, *classes}) if classes else []
@@ -129,19 +129,21 @@ def load_folder(folder, split, size, root, workers):
         finally:
             part.unlink(missing_ok=True)
     labels = torch.tensor([numbers.get(name, -1) for name in names])
-    return torch.from_numpy(np.load(whole, mmap_mode="c")), labels, torch.from_numpy(np.load(aspects))
+    return torch.from_numpy(np.load(whole, mmap_mode="r")), labels, torch.from_numpy(np.load(aspects))
 
 
 def decode(files, place, side, workers, target):
     """Writes image files, squeezed, as uint8 (N, 3, side, side) to the file `target`; returns their aspects (N,)."""
-    def squeeze(file):
-        image = read_image(file, side)
-        return np.asarray(image.resize((side, side), Image.BICUBIC)).transpose(2, 0, 1), image.width / image.height
+    def squeeze(i):
+        image = read_image(files[i], side)
+        array[i] = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        aspects[i] = image.width / image.height
+    need, free = 3 * side ** 2 * len(files) / 1e9, shutil.disk_usage(target.parent).free / 1e9
+    check(need < free, "--root", target.parent, f"has {free:.1f} GB free, and {place} decoded takes {need:.1f}")
     array = np.lib.format.open_memmap(target, "w+", np.uint8, (len(files), 3, side, side))
     aspects = np.empty(len(files), np.float32)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        for i, (image, aspect) in enumerate(pool.map(squeeze, files)):
-            array[i], aspects[i] = image, aspect
+        for i, _ in enumerate(pool.map(squeeze, range(len(files)))):
             if i + 1 == len(files) or sys.stdout.isatty() and i % 500 == 0:
                 start, end = ("\r", "") if sys.stdout.isatty() and i + 1 < len(files) else ("", "\n")
                 print(f"{start}decoding {place}, once: {i + 1:,} of {len(files):,}", end=end, flush=True)
@@ -193,9 +195,8 @@ def draw_shapes(n, side, seed, masks=False):
         u, v = x * tilt.cos() - y * tilt.sin(), x * tilt.sin() + y * tilt.cos()
         inside = form(u, v, torch.hypot(u, v), torch.maximum(u.abs(), v.abs())).float()    # drawn at twice the size
         ground = 0.2 + 0.6 * (torch.stack(colours, 1) > 0.5)                               # eight colours
-        noise = 0.04 * torch.randn(len(x), 3, side, side, generator=g)
         covered[mine] = F.avg_pool2d(inside[:, None], 2)
-        image = torch.lerp(ground, 1 - ground, covered[mine]) + noise
+        image = torch.lerp(ground, 1 - ground, covered[mine]) + 0.04 * torch.randn(len(x), 3, side, side, generator=g)
         images[mine] = (image.clamp(0, 1) * 255).byte()
     return (images, labels, covered[:, 0] >= 0.5) if masks else (images, labels)
 
@@ -392,9 +393,8 @@ def color_jitter(images, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, 
 def gaussian_blur(images, p=0.5, sigma=(0.1, 2.0)):
     """With probability p a Gaussian blur, its deviation uniform in `sigma` (pixels): two matrix products."""
     def blur(x, s):
-        squares = [(torch.arange(n, device=x.device) - torch.arange(n, device=x.device)[:, None]) ** 2
-                   for n in x.shape[2:]]
-        rows, columns = (torch.softmax(-d / (2 * s[:, None, None] ** 2), 2)[:, None] for d in squares)
+        axes = [torch.arange(n, device=x.device) for n in x.shape[2:]]
+        rows, columns = (torch.softmax(-(p - p[:, None]) ** 2 / (2 * s[:, None, None] ** 2), 2)[:, None] for p in axes)
         return rows @ x @ columns.mT                                                       # rows (B, 1, H, H)
     sigmas = torch.empty(len(images)).uniform_(*sigma)
     return apply_to(images.clone(), torch.rand(len(images)) < p, blur, sigmas) if p > 0 else images

@@ -14,7 +14,7 @@ Rows of the picture, on test images (training images where there are none):
   the method's    CMAE's boxes and crops, MACRL's branches, CAMAE's masks
 What is transparent in your images is white. Writes show.png beside the checkpoint.
 """
-import pathlib, sys
+import os, pathlib, sys
 from dataclasses import replace
 
 import matplotlib
@@ -27,7 +27,7 @@ from torchvision.utils import draw_bounding_boxes
 from common import (Parser, answer, central_crop, check, denormalize, draw_images, load_data, normalize,
                     start_processes)
 from eval_linear import load_model
-from images import KINDS, UserError
+from images import KINDS, read_image
 from pictures import reconstruction_rows, restored_label
 
 
@@ -143,13 +143,13 @@ def heat_map(values, x):
 # Images
 
 def on_white(file):
-    """An image file upright in RGB, what is transparent in it white. Raises UserError."""
-    try:
-        with Image.open(file) as image:
-            image = ImageOps.exif_transpose(image).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file}: can't be read as an image ({error}); mend it or take it away") from error
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    """An image file as training reads it, in full size, and what is transparent in it white. Raises UserError."""
+    picture = read_image(file, 2 ** 16)
+    with Image.open(file) as image:
+        if not image.has_transparency_data:
+            return picture
+        opaque = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+    return Image.composite(picture, Image.new("RGB", picture.size, "white"), opaque)
 
 
 def own_images(folder, side, count):
@@ -174,6 +174,7 @@ def whole(image, aspect):
 
 def show(args):
     """Draws what the command line asks for; returns the file. Raises UserError."""
+    check(os.environ.get("WORLD_SIZE", "1") == "1", "torchrun", "show.py", "runs alone, on one device")
     check(args.count >= 1, "--count", args.count, "must be at least 1")
     check(0 <= args.seed < 2 ** 32, "--seed", args.seed, "must be at least 0 and below 2^32")
     check(not (args.images and args.data), "--data", args.data, "and --images exclude each other")

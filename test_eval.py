@@ -178,10 +178,11 @@ def test_raw_pixels_are_of_the_whole_crop():
         assert rows[0].max() == 0 and rows[1, :, :, 0].min() > 0.99 and rows[1, :, :, 8:].max() == 0
 
 
-@pytest.mark.parametrize("program", [eval_linear, eval_dense])
+@pytest.mark.parametrize("program", [eval_linear, eval_dense, show, eval_speed])
 def test_evaluation_runs_alone(program, checkpoints, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert program.main([str(checkpoints["mvmae"])]) == 2 and "torchrun" in capsys.readouterr().err
+    what = "mvmae" if program is eval_speed else str(checkpoints["mvmae"])
+    assert program.main([what]) == 2 and "torchrun" in capsys.readouterr().err
 
 
 def test_tokens_of_one_encoder_leave_memory_before_the_next_come(checkpoints, little, monkeypatch):
@@ -889,11 +890,13 @@ def test_own_images_are_upright_on_white_whole_and_named(tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # turn by 90 degrees
     Image.new("RGB", (40, 20), "blue").save(tmp_path / "turned.jpg", exif=exif)
+    Image.fromarray(np.full((20, 20), 257 * 60, np.uint16)).save(tmp_path / "xray.png")  # 16 bits
     x, aspect, names = show.own_images(tmp_path, 16, 8)
-    assert names == ["half.png", "turned.jpg"] and aspect.tolist() == [2, 0.5] and x.shape == (2, 3, 16, 16)
+    assert names == ["half.png", "turned.jpg", "xray.png"] and aspect.tolist() == [2, 0.5, 1]
+    assert x.shape == (3, 3, 16, 16) and x[2].unique().tolist() == [60]
     assert x[0, :, 8, 2].tolist() == [255, 0, 0] and x[0, :, 8, 13].tolist() == [255, 255, 255]
     wholes = [common.denormalize(show.whole(image, a)) for image, a in zip(x, aspect.tolist())]
-    assert [tuple(whole.shape) for whole in wholes] == [(3, 8, 16), (3, 16, 8)]
+    assert [tuple(whole.shape) for whole in wholes] == [(3, 8, 16), (3, 16, 8), (3, 16, 16)]
     assert torch.allclose(wholes[0][:, 4, 2], torch.tensor([1.0, 0, 0]), atol=0.02)
 
 
@@ -1192,7 +1195,8 @@ def test_what_is_wrong_is_told_in_one_line_before_anything_is_trained(fast, tmp_
     assert err.startswith("compare.py: ") and err.count("\n") == 1 and flag in err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("line", ["mea.py", "mclim", "A = ", "MAE = mclim.py", "mae = mclim.py", "... = mclim.py"])
+@pytest.mark.parametrize("line", ["mea.py", "mclim", "A = ", "MAE = mclim.py", "mae = mclim.py", "... = mclim.py",
+                                  'x = mclim.py --data "my images'])
 def test_rows_that_are_no_rows_are_told(fast, tmp_path, capsys, line):
     (tmp_path / "own").write_text(f"MAE = mvmae.py\n{line}\n")
     assert fast("out", "--rows", str(tmp_path / "own"), "--gflop", "9") == 2

@@ -1,5 +1,5 @@
 """Tests of images.py: augmentation against torchvision's, data sets, folders, batches."""
-import math, os, signal, socket
+import math, os, shutil, signal, socket, sys
 
 import numpy as np
 import pytest
@@ -182,6 +182,27 @@ def test_folder_is_decoded_once_found_again_and_rebuilt(folder, tmp_path, capfd)
     assert common.load_images(str(folder), "train", 500, root)[0].shape == (6, 3, 40, 40)  # never enlarged
 
 
+def test_a_folder_that_the_disk_has_no_room_for_is_told_before_it_is_decoded(folder, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=6 * 3 * 32 * 32))
+    with pytest.raises(common.UserError, match="--root .* GB free"):
+        common.load_images(str(folder), "train", 32, tmp_path / "root")
+    assert not list((tmp_path / "root" / "cache").iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=6 * 3 * 32 * 32 + 1))
+    assert len(common.load_images(str(folder), "train", 32, tmp_path / "root")[0]) == 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the file would not be sparse")
+def test_a_decoded_folder_may_be_larger_than_memory(folder, tmp_path, monkeypatch):
+    def decode(files, place, side, workers, target):
+        np.lib.format.open_memmap(target, "w+", np.uint8, (1_300_000, 3, 256, 256))  # 256 GB, nothing written
+        return np.ones(1_300_000, np.float32)
+
+    monkeypatch.setattr(images, "decode", decode)
+    x, _, _ = common.load_images(str(folder), "train", 256, tmp_path / "root")
+    assert x.shape == (1_300_000, 3, 256, 256) and not x[-1].any()
+
+
 def test_all_of_an_image_is_stored(tmp_path):
     image = Image.new("RGB", (100, 50))
     image.paste((255, 0, 0), (0, 0, 10, 50))
@@ -269,7 +290,7 @@ def test_tiny_imagenets_own_val_folder(folder, tmp_path):
     for i, label in enumerate(("bee", "ant", "bee")):
         (folder / "val" / "images").mkdir(exist_ok=True)
         Image.new("RGB", (32, 32), (80 * i, 0, 0)).save(folder / "val" / "images" / f"val_{i}.JPEG", quality=95)
-    (folder / "val" / "val_annotations.txt").write_text("val_1.JPEG\tant\t0\t0\t9\t9\nval_0.JPEG\tbee\t0\t0\t9\t9\n"
+    (folder / "val" / "val_annotations.txt").write_text("val_1.JPEG\tant\t0\t0\t9\t9\n\nval_0.JPEG\tbee\t0\t0\t9\t9\n"
                                                         "val_2.JPEG\tbee\t0\t0\t9\t9\n")
     x, y, _ = common.load_images(str(folder), "test", 32, tmp_path / "root")
     assert y.tolist() == [1, 0, 1] and [round(v / 80) for v in x[:, 0, 9, 9].tolist()] == [0, 1, 2]

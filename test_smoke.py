@@ -324,12 +324,17 @@ def test_a_cpu_that_would_take_days_is_told_so_once(tmp_path, capfd, monkeypatch
         run.finish()
 
 
-def test_out_of_gpu_memory_names_the_flag(capsys):
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_out_of_gpu_memory_names_the_flag(capsys, kind):
     def train(cfg):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise kind(cfg.out)
 
-    assert common.launch("mclim", mclim.Config, mclim.TINY, train, []) == 2
-    assert "--batch" in capsys.readouterr().err
+    def answer(words):
+        return common.launch("mclim", mclim.Config, mclim.TINY, train, ["--out", words])
+
+    assert answer("CUDA error: out of memory") == 2 and "--batch" in capsys.readouterr().err
+    with pytest.raises(kind):
+        answer("CUDA error: an illegal memory access")
 
 
 # Command lines
@@ -384,7 +389,9 @@ BAD = {  # of every method: command, after which one line on standard error hold
     "warm-up": ("--tiny --epochs 1 --warmup 1", ["--warmup", "1", "below --epochs 1"]),
     "seed": ("--seed 20261120220000", ["--seed", "below 2^32"]),
     "large batch": ("--tiny --data shapes --batch 9999", ["--batch", "9999", "5000"]),
+    "mask not a number": ("--mask nan", ["--mask", "nan", "between 0 and 1"]),
     "no data": ("--data nowhere", ["--data", "nowhere", "train"]),
+    "unset data": ("--data ''", ["--data", '""', "shapes"]),
     "empty data": ("--data {tmp}/empty", ["--data", "empty", "no images"]),
     "broken image": ("--data {tmp}/broken --root {tmp}/root", ["broken/train/ant/1.png"]),
     "strange class": ("--tiny --data {tmp}/strange --root {tmp}/root", ["--data", "cat", "no class of train/"]),
@@ -628,5 +635,5 @@ def test_cuda_trains_like_the_cpu(few, tmp_path, method, compile):
     for device in ("cpu", "cuda"):
         cfg = replace(SMALL[method], data="shapes", epochs=2, log_every=1, device=device)
         MODULES[method].train(replace(cfg, compile=compile and device == "cuda", out=str(tmp_path / device)))
-        losses[device] = [float(row["loss"]) for row in metrics(tmp_path / device)]
+        losses[device] = [float(row["loss"]) for row in metrics(tmp_path / device) if row["loss"]]
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.25)

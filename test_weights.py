@@ -172,9 +172,14 @@ def test_init_takes_a_run_its_encoder_or_a_timm_classifier(tmp_path, capsys):
     ("mvmae", {"depth": 3}, ["blocks.2.norm1.weight is missing", "and 7 more"]),
     ("mvmae", {"dim": 24}, ["cls_token is (1, 1, 48), not (1, 1, 24)", " more"]),
     ("mvmae", {"init": "nowhere"}, ["nowhere", "does not exist"]),
+    ("mvmae", {"init": "{tmp}/number.pt"}, ["number.pt", "holds no state dict"]),
+    ("mvmae", {"init": "{tmp}/list.pt"}, ["list.pt", "holds no state dict"]),
     ("mvmae", {"init": __file__}, [__file__, "no checkpoint"])])
 def test_init_that_does_not_fit_gets_one_line(tmp_path, method, change, words):
     torch.save(build(SMALL["mvmae"]).encoder.state_dict(), tmp_path / "encoder.pt")
+    torch.save({"model": 3}, tmp_path / "number.pt")
+    torch.save({7: torch.zeros(3)}, tmp_path / "list.pt")
+    change = {name: str(value).format(tmp=tmp_path) if name == "init" else value for name, value in change.items()}
     model = build(replace(SMALL[method], **{"init": str(tmp_path), **change}))
     with pytest.raises(common.UserError, match="--init") as error:
         common.init_encoders(model, model.cfg.init)

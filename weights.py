@@ -29,6 +29,8 @@ def save_file(state, file, previous=None):
         if previous and file.exists():
             os.replace(file, previous)
         os.replace(part, file)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
         raise OSError(f"{file}: can't be written ({error}); {newest(file.parent)}") from error
@@ -69,6 +71,8 @@ def load_checkpoint(file, method=None, **parts):
     for name, part in parts.items():
         try:
             part.load_state_dict(state[name])
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(f"checkpoint {file}: does not fit: {' '.join(str(error).split())[:300]}") from error
     return state
@@ -89,6 +93,8 @@ def init_encoders(model, file):
     check(isinstance(state, dict), "--init", file, "holds no state dict")
     check("method" not in state, "--init", file, "is a checkpoint: name the run's folder or its encoder.pt")
     state = state.get("model", state)  # MAE's published files
+    whole = isinstance(state, dict) and all(isinstance(name, str) and torch.is_tensor(x) for name, x in state.items())
+    check(whole, "--init", file, "holds no state dict")
     aside = [name for name in state if name.startswith(("head.", "fc_norm."))]
     state = {name: value for name, value in state.items() if name not in aside}
     if "fc_norm." in " ".join(aside):  # a norm after the pooling, instead of `norm` before it
@@ -121,7 +127,7 @@ def timm_call(cfg, encoder):
 # Numerics
 
 def autocast(device, amp=True):
-    """bfloat16 autocast where the device computes in bfloat16, else float32."""
+    """bfloat16 autocast where a GPU or an x86 CPU computes in bfloat16, else float32."""
     cpu = torch.cpu.get_capabilities()
     able = cpu.get("amx_bf16") or cpu.get("avx512_bf16")
     if device.type == "cuda":
@@ -137,6 +143,15 @@ def keep_memory():
             library = ctypes.CDLL(None)
             library.mallopt(-4, 0)  # M_MMAP_MAX: no block is got from the kernel on its own
             library.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: free memory stays
+
+
+def param_groups(model, wd):
+    """AdamW's groups of what is trained: no weight decay on biases and norms (one-dimensional), tokens, positions."""
+    groups = [{"params": [], "weight_decay": wd}, {"params": [], "weight_decay": 0.0}]
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[p.ndim < 2 or "token" in name or "pos" in name]["params"].append(p)
+    return groups
 
 
 def recompute(model):

@@ -278,7 +278,7 @@ def train(cfg):
         print(f"{network}\n{len(kept):,} labelled images, {len(queries):,} test images, {len(classes)} classes{fewer}",
               flush=True)
     net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model
-    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws the same random numbers
+    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws as the plain model does
     peak = cfg.lr * cfg.batch * here.world / 256  # MAE's rule
     optimizer = torch.optim.AdamW(layer_groups(model, cfg.wd, cfg.layer_decay), lr=peak, fused=True)  # MAE's betas
 

@@ -127,7 +127,7 @@ def views(images, cfg, aspect=None):
 
 
 def random_mask(B, N, ratio, device=None):
-    """Which of N places are masked: bool (B, N), 1 = masked: the same number in each, every place equally likely."""
+    """Which of N places are masked: bool (B, N), 1 = masked; in each row the same number, every place equally likely."""
     order = torch.rand(B, N, device=device).argsort(1)  # a permutation of 0 … N - 1 in each row
     return order < round(ratio * N)  # true at exactly round(ratio·N) places of each row
 
@@ -223,7 +223,7 @@ def train(cfg):
     if cfg.recompute:
         recompute(model)
     net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model  # buffers never differ
-    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws the same random numbers
+    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws as the plain model does
     peak = cfg.lr * cfg.batch * here.world / 256  # MAE's rule: base rate · images of a step / 256
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, betas=(0.9, 0.95), fused=True)  # §4.1.1
 

@@ -139,7 +139,7 @@ def views(images, cfg, aspect=None):
 
 
 def random_mask(B, N, ratio, device=None):
-    """Which of N places are masked: bool (B, N), 1 = masked; in each row the same number, every place equally likely."""
+    """Which of N places are masked: bool (B, N), 1 = masked; equally many in each row, every place as likely."""
     order = torch.rand(B, N, device=device).argsort(1)  # a permutation of 0 … N - 1 in each row
     return order < round(ratio * N)  # true at exactly round(ratio·N) places of each row
 

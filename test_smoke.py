@@ -339,6 +339,12 @@ def test_out_of_gpu_memory_names_the_flag(capsys, kind):
 
 # Command lines
 
+def test_help_is_printed_where_greek_letters_are_unknown():
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    answer = subprocess.run([sys.executable, HERE / "mvmae.py", "--help"], env=env, capture_output=True, text=True)
+    assert answer.returncode == 0 and "--lam" in answer.stdout, answer.stderr
+
+
 @every_method
 def test_flags_are_the_fields(method, capsys):
     module = MODULES[method]

@@ -63,14 +63,14 @@ class Config:
     jitter: float = 0.8  # probability of colour jitter; MoCo v3's
     gray: float = 0.2  # probability of greyscale; MoCo v3's
     blur: float = 0.5  # probability of blur; SimCLR's, alike in both views
-    norm_pixels: bool = False  # target patches at mean 0, deviation 1, as MAE's better variant; no: the pixels of Eq. 2
+    norm_pixels: bool = False  # target patches at mean 0, deviation 1 (MAE's better variant), else the pixels of Eq. 2
     # model
     img: int = 224  # side of the views in pixels, §IV-A
     patch: int = 16  # side of a patch in pixels, §IV-A
     dim: int = 768  # width D, §IV-A
     depth: int = 12  # blocks, §IV-A: ViT-Base's
     heads: int = 12  # heads K, §IV-A: ViT-Base's
-    freeze_patch: bool = False  # the patch embedding keeps its initial weights: MoCo v3's; no: MAE's
+    freeze_patch: bool = False  # the patch embedding keeps its initial weights, MoCo v3's way; else it learns, MAE's
     hidden: int = 4096  # hidden width of the projectors; MoCo v3's
     out_dim: int = 256  # width of z, §IV-A
     decoder_depth: int = 8  # blocks of the decoder; MAE's
@@ -113,14 +113,15 @@ class Config:
         check(0 < self.crop_min <= 1, "--crop-min", self.crop_min, "must lie between 0 and 1")
 
 
-# The rate is higher than the paper's because the training is short.
+# The rate is higher than the default because the training is short.
 TINY = Config(crop_min=0.2, blur=0.0, img=32, patch=4, dim=192, depth=4, heads=3, hidden=768, out_dim=64,
               decoder_depth=2, decoder_dim=96, decoder_heads=3, epochs=8, batch=128, lr=1e-3, warmup=1.0, knn_every=1,
               tiny=True)
 
 
 # The paper, §III. B images, N patches, V visible ones, K heads (the paper's M), m one of them and p their
-# probabilities; D width of a token, P = 3·patch·patch values of a patch; world·B images in all processes together.
+# probabilities; D width of a token, P = 3·patch·patch values of a patch; S side of a stored image, H = W = img that of
+# a view; world·B images in all processes together, which info_nce_loss calls B.
 
 def views(images, cfg, aspect=None):
     """Two views of each image, drawn independently by the same augmentations; without contrast one view, twice. §III-A
@@ -206,6 +207,8 @@ class CAMAE(nn.Module):
         if self.cfg.mask_by == "random":
             return random_mask(len(x), self.N, self.cfg.mask, x.device)
         m = torch.randint(self.cfg.heads, (1,), device=x.device) if m is None else m
+        # Without contrast this pass is the step's first, and it has no gradient. Autocast of an older torch would keep
+        # its bfloat16 weights for the loss, which then would not train them (pytorch/pytorch pull request 165068).
         attention = (self.encoder.attention(x) if entering is None else
                      class_attention(self.encoder.blocks[-1], entering))  # (B, K, N)
         return idm_mask(attention.index_select(1, m)[:, 0], self.cfg.mask)
@@ -359,8 +362,8 @@ def ema(average, model, m):
 
 
 class Gather(torch.autograd.Function):
-    """(B, D) → (world·B, D). Every process computes the same loss of all rows. Backward adds up the gradients of all
-    processes, which gives world times that of a row; DistributedDataParallel's average divides by world again."""
+    """(B, D) → (world·B, D). Every process computes the same loss of all rows, so each gives a row the same gradient.
+    Backward adds these up, to world times one; DistributedDataParallel, which averages, divides by world again."""
     @staticmethod
     def forward(ctx, z):
         rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]

@@ -2,8 +2,8 @@
 for Masked Image Modeling", arXiv 2205.10546, 2022. Not the CMAE of Huang et al. (arXiv 2207.13532), another method.
 
 A masked autoencoder whose encoder E has two more tasks. Contrast: E encodes the visible and the masked patches of a
-view separately, its moving average M_E those of a second view; the mean tokens of both views are projected, by P and by
-its average M_P, and compared. Location: the place of each visible token is predicted. E also says where to crop.
+view separately, its moving average M_E does so with a second view; the mean tokens of both views are projected, by P
+and by its average M_P, and compared. Location: the place of each visible token is predicted. E also says where to crop.
 
 One training step on B images of N patches, V of them visible; D is the width of a token, "1 +" the class token:
     I = the box around where E's heat map M is above k      # Eq. 1        (B, 4), after 60 epochs, then every 60
@@ -17,12 +17,12 @@ One training step on B images of N patches, V of them visible; D is the width of
     step of AdamW on λ_ctr·L_ctr + λ_loc·L_loc + λ_con·L_con  # Eq. 6
     M_E, M_P ← m·(M_E, M_P) + (1 - m)·(E, P)                # §3.3, MoCo v3's momentum average
 
-What may change the result, because the paper does not say it: whether positions are added to the tokens of Eq. 4
-(--location-from: yes, as in MAE. The input then holds the answer, but Eq. 5's gradient has length 1 even where the loss
-is small, and E goes on learning to keep places); the side of a patch (--patch); what of h is projected, and how (--pool
---projection); what M is, and k: 0.1 may give boxes of nearly whole images (--heat, --k); τ (--tau); whether 1e-3 is the
-rate for a batch of 256 or the rate itself (--lr 4e-3); Table 1's decoder (--decoder); which of "frozen and fine-tuned".
-
+What may change the result, because the paper does not say it, and its flag:
+    --location-from    whether positions are added before Eq. 4: yes, as in MAE. The input then holds the answer, but
+                       Eq. 5's gradient has length 1 even where the loss is small, and E goes on learning to keep places
+    --pool, --projection, --patch, --tau    which vector of h is projected, and how; the side of a patch; τ
+    --heat, --k        what M is made of, and k: with 0.1 the boxes may be nearly whole images
+    --lr, --decoder    1e-3 as the rate itself: --lr 4e-3; Table 1's decoder; also open: "frozen" or "fine-tuned"
     python cmae.py                                           Table 1's CMAE, as far as it is described, for a GPU
     python cmae.py --tiny --data shapes                      a first look on a laptop; then eval_linear.py, show.py
 Measured: --tiny, CIFAR-10 (JPEG), steps 381 to 390 (epoch 1): loss 1.984 (contrast 1.024, location 0.543).
@@ -118,7 +118,7 @@ TINY = Config(k=0.5, crop_from=1, crop_every=2, img=32, patch=4, dim=192, depth=
 
 
 # The paper, §3. B images, N = n·n patches, V visible, D width of a token, K heads, (world·B) all processes' images. P
-# is the projection, in shapes the values in a patch; p: predicted places; k: threshold in Eq. 1, M_E's vector in Eq. 3.
+# is the projection, in shapes the values in a patch; p: predicted places; k: Eq. 1's threshold; Eq. 3's q, k: z_q, z_k.
 
 def views(images, cfg, aspect=None, boxes=None):
     """Two crops of each image, around its object if `boxes` say where it is, each flipped or not. §3.2
@@ -221,7 +221,8 @@ class CMAE(nn.Module):
             losses["contrast"] = L_ctr = info_nce_loss(z_q, z_k, cfg.tau)  # Eq. 3
         if cfg.lam_loc > 0:
             tokens = self.encoder(x_q, visible, add_positions=False) if cfg.location_from == "content" else q1
-            p = self.location(tokens[:, 1:])  # Eq. 4, (B, V, N)
+            with torch.autocast(x_q.device.type, enabled=False):  # in bfloat16, p near t would be mostly rounding
+                p = self.location(tokens[:, 1:].float())  # Eq. 4, (B, V, N)
             losses["location"] = L_loc = location_loss(p, visible)  # Eq. 5
         if cfg.lam_con > 0:
             y = self.decoder(q1, visible)  # §3.5, (B, N, P)
@@ -344,8 +345,8 @@ def ema(average, model, m):
 
 
 class Gather(torch.autograd.Function):
-    """(B, D) → (world·B, D). Every process computes the same loss of all rows. Backward adds up the gradients of all
-    processes, which gives world times that of a row; DistributedDataParallel's average divides by world again."""
+    """(B, D) → (world·B, D). Every process computes the same loss of all rows, so each gives a row the same gradient.
+    Backward adds these up, to world times one; DistributedDataParallel, which averages, divides by world again."""
     @staticmethod
     def forward(ctx, z):
         rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
@@ -526,8 +527,7 @@ def decoder_blocks(cfg):
     width, depth, kind = cfg.decoder_dim, cfg.decoder_depth, cfg.decoder.removeprefix("hybrid-")
     make = {"transformer": lambda: Block(width, cfg.decoder_heads), "mlp": lambda: MlpBlock(width, 4 * width),
             "conv": lambda: ConvBlock(width, cfg.img // cfg.patch)}
-    hybrid = kind != cfg.decoder
-    return [make["transformer" if hybrid and i != depth // 2 else kind]() for i in range(depth)]
+    return [make[kind if kind == cfg.decoder or i == depth // 2 else "transformer"]() for i in range(depth)]
 
 
 class Decoder(nn.Module):

@@ -1,6 +1,6 @@
 """MACRL: Yuchong Yao, Nandakishor Desai and Marimuthu Palaniswami, "Masked Contrastive Representation Learning",
-arXiv 2211.06012, 2022. Written from its abstract. The projector, the bank and the reconstructed target follow a third
-party's summary; all else that the abstract does not say, numbers included, was chosen here, often as MAE or MoCo do.
+arXiv 2211.06012, 2022. Written from its abstract. A third party's summary names projector and bank; all else that the
+abstract does not say, the reconstructed target and all numbers included, was chosen here, often as MAE or MoCo do.
 
 Two views of an image go through a siamese network: one encoder f, and a decoder in each branch, d_s and d_w. Branch s
 gets the higher mask ratio and the stronger augmentation. A projector g makes queries q from the features of branch s;
@@ -22,9 +22,9 @@ number of values of a patch, and mean is the mean over the tokens of the visible
 What may change the result, because the abstract does not say it: mask ratios (--mask, --mask-w), augmentations
 (--crop-min-s, --jitter-s, …), what is reconstructed (--restore, --pixels, --norm-pixels), which features are contrasted
 (--pool), how keys are made (--keys, --momentum), negatives (--bank), weights (--lam-c, --lam-r), sizes; and, without a
-flag, that queries come from s alone and that each branch has its own decoder.
+flag, the projector, that queries come from s alone, and that each branch has its own decoder.
     python macrl.py                                         these defaults, on CIFAR-10, for a GPU
-    python macrl.py --keys shared --bank 0                  nearer the abstract: one encoder, no bank
+    python macrl.py --keys shared --bank 0                  nearer the abstract: f and g make the keys, too; no bank
     python macrl.py --tiny --data shapes                    a first look on a laptop; then eval_linear.py, show.py
 Measured: --tiny, CIFAR-10 (JPEG), steps 141 to 160: loss 6.492, reconstruction 0.741, contrast 5.751.
 Every other choice, where projector and bank come from, and commands for each data set: papers/macrl.md.
@@ -55,11 +55,11 @@ class Config:
     lam_c: float = 1.0  # λ_c, weight of the contrast, a choice made here; 0 leaves it out
     lam_r: float = 1.0  # λ_r, weight of the reconstruction, a choice made here; 0 leaves it out
     tau: float = 0.2  # τ, temperature; MoCo v2's
-    bank: int = 4096  # how many keys of earlier steps are negatives, 0 for none; a choice made here
+    bank: int = 4096  # keys of earlier steps as negatives, far fewer than there are images, 0: none; a choice made here
     keys: Literal["momentum", "shared"] = "momentum"  # keys by averages of f and g (MoCo's), or by f and g themselves
     momentum: float = 0.99  # of the averages, rising to 1 by half a cosine; MoCo v3's
     pool: Literal["mean", "cls"] = "mean"  # features: mean of the patches (a choice made here), or class token
-    restore: Literal["clean", "view"] = "clean"  # target: crop before its colours change (chosen here), or the view
+    restore: Literal["clean", "view"] = "clean"  # target: crop before colours and blur (chosen here), or the view
     pixels: Literal["masked", "all"] = "masked"  # L1 over the masked patches, MAE's, or over all
     norm_pixels: bool = False  # each target patch at mean 0, deviation 1, as in MAE; off is a choice made here
     crop_min_s: float = 0.2  # smallest crop of branch s, share of the area; MoCo v2's
@@ -197,15 +197,15 @@ class MACRL(nn.Module):
         self.decoder_w.requires_grad_(cfg.lam_r > 0)
 
     def forward(self, view1, view2, target1=None, target2=None):
-        """Normalised views of branch s (view1) and w (view2), and what each is to reconstruct (target1, target2), the
-        views if None: (B, 3, H, W) → a dict of numbers: "loss"; "contrast", L_c; "reconstruction s", L_s;
-        "reconstruction w", L_w; "reconstruction", their mean. A loss of weight 0 is left out. Puts the keys into the
-        bank."""
+        """Views of branch s (view1) and w (view2), and the images that they are to reconstruct (target1, target2; None:
+        the view itself), all normalised, (B, 3, H, W). Returns numbers by name: "contrast" is L_c, "reconstruction s"
+        L_s, "reconstruction w" L_w, "reconstruction" the mean of these two, "loss" the weighted sum. What has weight 0
+        is not among them. Puts the keys into the bank."""
         cfg, L_c, L_r, losses = self.cfg, 0, 0, {}
         mask_s, visible_s = self.draw(view1, cfg.mask)  # "higher mask ratio", (B, N), (B, V)
         mask_w, visible_w = self.draw(view2, cfg.mask_w)  # "weaker data corruptions", (B, N), (B, V)
         z_s = self.encoder(view1, visible_s)  # (B, 1 + V, D)
-        if cfg.lam_r > 0 or cfg.keys == "shared":  # otherwise only f_ξ sees branch w
+        if cfg.lam_r > 0 or cfg.keys == "shared":  # not needed where f_ξ makes the keys and nothing is reconstructed
             z_w = self.encoder(view2, visible_w)  # (B, 1 + V, D)
 
         if cfg.lam_c > 0:  # "features from the encoder in both branches"
@@ -338,8 +338,8 @@ def ema(average, model, m):
 
 
 class Gather(torch.autograd.Function):
-    """(B, D) → (world·B, D). Every process computes the same loss of all rows. Backward adds up the gradients of all
-    processes, which gives world times that of a row; DistributedDataParallel's average divides by world again."""
+    """(B, D) → (world·B, D). Every process computes the same loss of all rows, so each gives a row the same gradient.
+    Backward adds these up, to world times one; DistributedDataParallel, which averages, divides by world again."""
     @staticmethod
     def forward(ctx, z):
         rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]

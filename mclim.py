@@ -12,7 +12,7 @@ One training step on B images of N patches, D the width of a token, P the number
     tokens1 = F1(view1, its masked patches replaced by a vector)  # Eq. 1     (B, N, D)
     Z1 = T1(tokens1)                                              # Eq. 3     (B, N, P)
     L1 = MSE(PixelShuffle(Z1), view1 with each patch normalised)  # Eq. 4, 6  a number, of the masked patches
-    Z2 = T2(F2(view2)), where F2 = F1 and T2 = T1                 # Eq. 2, 5  (B, N, P), with gradient, too
+    Z2 = T2(F2(view2)), where F2 = F1 and T2 = T1                 # Eq. 2, 5  (B, N, P); it has a gradient, too
     L2 = DCL(Z1.mean(1), Z2.mean(1))                              # Eq. 8, 9  a number, of vectors (B, P)
     step of AdamW on λ·L1 + L2 for F1, T1 and the vector          # Eq. 10    F1's patch embedding is frozen, §2.3
 
@@ -50,10 +50,10 @@ class Config:
     """Every setting, each a flag of the command line. Raises UserError for a value out of range."""
     # method
     mask: float = 0.6  # share of the blocks that is masked, §3.2
-    lam: float = 1.0  # λ, weight of the reconstruction, Table 5; 0 leaves it out
+    lam: float = 1.0  # λ, weight of L₁, Table 5's "prediction loss weight"; 0 leaves it out
     tau: float = 0.2  # τ, temperature; the paper gives no value, this is MoCo v3's
     contrast: Literal["dcl", "infonce", "none"] = "dcl"  # L₂: Eq. 9, Eq. 7, or no branch 2
-    l1: Literal["pre", "rec"] = "pre"  # L₁ over the masked patches or over all, Table 4
+    l1: Literal["pre", "rec"] = "pre"  # L₁ over masked patches (Table 4's "prediction") or all ("reconstruction")
     norm_pixels: bool = True  # "normalized pixels", §2.5: each patch at mean 0, deviation 1; no: view 1 as it is
     pool: Literal["all", "visible"] = "all"  # z1 is the mean over all tokens, or over visible ones alone
     target: Literal["shared", "momentum"] = "shared"  # branch 2 is branch 1 itself, or MoCo v3's average of its weights
@@ -65,7 +65,7 @@ class Config:
     blur: float = 0.0  # probability of blur in view 2; 0.8 is Table 2's last row
     # model
     backbone: Literal["vit", "swin", "hivit"] = "vit"  # encoder, Table 1
-    img: int = 224  # side of the views in pixels; a choice made here: §3.2's mask block would cover "original size", 32
+    img: int = 224  # side of the views in pixels; a choice made here, for CIFAR-10's own 32 is one mask block of §3.2
     patch: int = 16  # side of a patch in pixels, from Table 1's 43.12 M
     dim: int = 768  # width D of the ViT, from Table 1's 43.12 M; Swin begins dim/6 wide, HiViT ends 2/3 dim wide
     depth: int = 6  # blocks of the ViT, Table 1; of Swin's third stage; HiViT's third stage has 4 more
@@ -122,8 +122,9 @@ class Config:
 TINY = Config(img=32, patch=4, dim=192, depth=4, heads=3, epochs=8, batch=128, warmup=1.0, knn_every=1, tiny=True)
 
 
-# The paper, §2. B images, N patches or tokens, D width of a token, P = 3·s·s values of the s×s pixels that a token
-# reconstructs, N_b blocks of the mask (in the ViT each is a patch); (world·B) are the images of all processes.
+# The paper, §2. B images; N tokens; s×s pixels, a patch, that a token stands for and reconstructs (s = cfg.patch;
+# twice that in Swin); D width of a token; P = 3·s·s values of a patch; N_b blocks of the mask (a block is one patch in
+# the ViT and in Swin, four in HiViT); (world·B) are the images of all processes.
 
 def views(images, cfg, aspect=None):
     """Two crops of each image, the second with its colours changed. §2.1
@@ -155,8 +156,8 @@ def repeat_blocks(mask, grid):
 
 
 class MCLim(nn.Module):
-    """Both branches, §2 and Figure 1: `encoder` (but for its patch embedding), `T1` and `mask_token` are trained; `F2`
-    and `T2`, branch 2's, are `encoder` and `T1` themselves, or with --target momentum averages of these."""
+    """Both branches, §2: `encoder` (except its patch embedding), `T1` and `mask_token` are trained; `F2` and `T2`,
+    branch 2's, are `encoder` and `T1` themselves, or with --target momentum averages of these."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -165,8 +166,9 @@ class MCLim(nn.Module):
         self.encoder.patch_embed.requires_grad_(not cfg.freeze_patch)  # §2.3
         block = cfg.patch if cfg.backbone == "vit" else 2 * cfg.patch  # side of a mask block, §3.2
         self.N_b = (cfg.img // block) ** 2
-        self.mask_token = nn.Parameter(torch.zeros(self.encoder.embed_dim), requires_grad=cfg.mask > 0)  # p^u
-        nn.init.normal_(self.mask_token, std=0.02)  # MAE's; trained only if something is masked
+        self.mask_token = nn.Parameter(torch.zeros(self.encoder.embed_dim))  # p^u
+        nn.init.normal_(self.mask_token, std=0.02)  # MAE's
+        self.mask_token.requires_grad_(cfg.mask > 0)  # unused if nothing is masked
         D, P = self.encoder.dim, 3 * self.encoder.stride ** 2
         if cfg.head == "linear":  # Table 3
             self.T1 = nn.Linear(D, P)
@@ -302,8 +304,8 @@ def ema(average, model, m):
 
 
 class Gather(torch.autograd.Function):
-    """(B, D) → (world·B, D). Every process computes the same loss of all rows. Backward adds up the gradients of all
-    processes, which gives world times that of a row; DistributedDataParallel's average divides by world again."""
+    """(B, D) → (world·B, D). Every process computes the same loss of all rows, so each gives a row the same gradient.
+    Backward adds these up, to world times one; DistributedDataParallel, which averages, divides by world again."""
     @staticmethod
     def forward(ctx, z):
         rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
@@ -442,7 +444,8 @@ class Encoder(nn.Module):
 
 class SwinEncoder(nn.Module):
     """Swin [2, 2, depth, 2] with windows of 7, torchvision's: it begins with patches of p/4 pixels, and a token of the
-    end stands for 2p×2p. Its attention is torchvision's, too, in bfloat16 under autocast on CPUs as well."""
+    end stands for 2p×2p. Its attention, too, is torchvision's: under autocast it computes in bfloat16, on CPUs as
+    well."""
     def __init__(self, cfg):
         super().__init__()
         width = cfg.dim // 6
@@ -462,13 +465,7 @@ class SwinEncoder(nn.Module):
             x = torch.where(masked[..., None], mask_token.to(x.dtype), x)  # §2.2
         return self.norm(self.stages(x)).flatten(1, 2)
 
-    def tokens(self, x):
-        """The tokens of whole images, (B, 3, H, W) → (B, N, D)."""
-        return self(x)
-
-    def features(self, x):
-        """The mean of the tokens of whole images, (B, 3, H, W) → (B, D)."""
-        return self(x).float().mean(1)
+    tokens, features = Encoder.tokens, Encoder.features  # of whole images, as the ViT's: (B, N, D) and (B, D)
 
 
 class RelativeAttention(nn.Module):
@@ -559,13 +556,7 @@ class HiViTEncoder(nn.Module):
             x = block(x)
         return self.norm(x)
 
-    def tokens(self, x):
-        """The tokens of whole images, (B, 3, H, W) → (B, N, D)."""
-        return self(x)
-
-    def features(self, x):
-        """The mean of the tokens of whole images, (B, 3, H, W) → (B, D)."""
-        return self(x).float().mean(1)
+    tokens, features = Encoder.tokens, Encoder.features  # of whole images, as the ViT's: (B, N, D) and (B, D)
 
 
 def main(argv=None):

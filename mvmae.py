@@ -6,7 +6,7 @@ The latents of the visible patches are contrasted: the two of one image attract,
 other. Masking is the strong augmentation that the contrast needs; apart from it, views are only cropped and flipped.
 
 One training step on B images (the paper's N) of N patches, V visible, D the width of a token, P the values in a patch:
-    view1, view2 = two normalised, flipped crops of each   # §3.1.1    (B, 3, 224, 224)
+    view1, view2 = two crops of each, flipped at random    # §3.1.1    (B, 3, 224, 224), normalised
     mask = 80 % of the patches of each view, at random     # §3.1.2    (2·B, N)
     visible = the patches that are not masked              # Eq. 1     (2·B, V)
     z = f(visible patches + positions)                     # Eq. 2     (2·B, 1 + V, D), class token first
@@ -16,12 +16,12 @@ One training step on B images (the paper's N) of N patches, V visible, D the wid
     L_c = NT-Xent(z1, z2)                                  # Eq. 4–6   a number
     step of AdamW on L_r + λ·L_c for f, g                  # Eq. 7
 
-What may change the result, because the paper does not say it, and its flag:
+What may change the result, because the paper leaves it open or contradicts itself, and its flag:
     --pool      which vector of a latent is contrasted; no projection head, because the paper names none
-    --norm-pixels, --pixels      target of Eq. 3, which patches count; as printed: --pixels all --lam 1.3e-5 (at 224)
-    --tau       0.07 is called SimCLR's default, but it is MoCo's
+    --norm-pixels, --pixels      target of Eq. 3, patches it counts; its printed sum: --pixels all --lam 1.3e-5
+    --tau       0.07; the paper calls it the default of SimCLR, whose own is 0.1
     --crop-min, --kernel         the smallest crop, and how crops are resized
-    --mask, --lam, --decoder-depth      which values of these the rows of Tables 5 and 6 were made with
+    --mask, --lam, --decoder-depth      with which values of these each row of Tables 5 and 6 was made
     python mvmae.py --data PATH                              the paper's run, ImageNet-1K in PATH, on one GPU
     python mvmae.py --tiny --data shapes                     a first look on a laptop
     python eval_finetune.py runs/mvmae-DATE-TIME             accuracy, fine-tuned; then eval_linear.py, show.py
@@ -52,7 +52,7 @@ class Config:
     mask: float = 0.8  # share of the patches that is masked, Table 5
     lam: float = 2.0  # λ, weight of the contrast, Table 5; 0 leaves it out
     tau: float = 0.07  # τ, temperature, §3.2.2
-    targets: Literal["two", "same", "one"] = "two"  # two crops; one crop masked twice, Table 6; one view, MAE
+    targets: Literal["two", "same", "one"] = "two"  # two crops; same: one masked twice, Table 6; one: one view, MAE
     pool: Literal["mean", "cls"] = "mean"  # the vector of Eq. 4: the patches' mean (a choice made here), or class token
     pixels: Literal["masked", "all"] = "masked"  # Eq. 3 over the masked patches (MAE's), or over all
     norm_pixels: bool = False  # target of Eq. 3: each patch at mean 0, deviation 1 (better in MAE's paper), or as it is
@@ -250,8 +250,8 @@ def train(cfg):
 # Parts. K heads, each d = D/K wide; width: the decoder's D.
 
 class Gather(torch.autograd.Function):
-    """(B, D) → (world·B, D). Every process computes the same loss of all rows. Backward adds up the gradients of all
-    processes, which gives world times that of a row; DistributedDataParallel's average divides by world again."""
+    """(B, D) → (world·B, D). Every process computes the same loss of all rows, so each gives a row the same gradient.
+    Backward adds these up, to world times one; DistributedDataParallel, which averages, divides by world again."""
     @staticmethod
     def forward(ctx, z):
         rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]

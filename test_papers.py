@@ -677,6 +677,15 @@ def test_the_location_head_begins_at_zero_and_learns():
         optimizer.step()
 
 
+def test_places_are_predicted_in_float32_under_autocast():
+    """Eq. 5's gradient has length 1 at any distance, so that rounding in p would count however small the loss is."""
+    model, dtypes = build(SMALL["cmae"]), []
+    model.location.register_forward_hook(lambda head, args, p: dtypes.append(p.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(normal(4, 3, 16, 16), normal(4, 3, 16, 16, seed=1))
+    assert dtypes == [torch.float32]
+
+
 @pytest.mark.parametrize("off", ["lam_ctr", "lam_loc", "lam_con"])
 def test_what_a_weight_of_0_leaves_out_is_frozen_and_not_computed(off, monkeypatch, tmp_path):
     model = build(replace(SMALL["cmae"], heat="features", location_from="content", **{off: 0.0}))

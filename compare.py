@@ -4,8 +4,8 @@
     python compare.py --tiny --data PATH --gflop 2000000                      your images, in train/CLASS and test/CLASS
     python compare.py --tiny --rows FILE --equal epochs --epochs 4            your own rows, equally many epochs
 
-A row is a command line: the eight of ROWS, or those of a FILE, one a line, with a name or without: "no contrast =
-mclim.py --contrast none". Flags that --help does not list go to every row; what a row has itself wins.
+Each row is a command line. The rows are the eight of ROWS, or the lines of FILE, with a name or without: "no contrast =
+mclim.py --contrast none". Flags that --help does not list go to every row; where a row has the same flag, its own wins.
 
 The budget is compute, so that the table is the same on a fast and on a slow machine: --gflop is what one run may spend
 on forward and backward passes, as eval_speed.gflop_per_image counts them. Each row takes as many steps as that pays
@@ -16,7 +16,7 @@ stopped or killed, the same command continues; seeds and rows may be added. Do n
 table.txt, .csv and .png have means, deviations over seeds, and p against the --baseline row by Student's t, two-sided,
 the variance pooled over all rows. A star marks p < 0.01; among many rows and scores chance reaches it too.
 """
-import csv, dataclasses, datetime, gc, importlib, json, math, os, pathlib, re, shlex, shutil, statistics, sys, time
+import csv, dataclasses, gc, importlib, json, math, os, pathlib, re, shlex, shutil, signal, statistics, sys, time
 
 from matplotlib.figure import Figure
 
@@ -146,12 +146,11 @@ def run_job(job):
 def student_p(t, df):
     """P(|T| > |t|) of Student's t with df degrees of freedom, an integer: Abramowitz and Stegun, 26.7.3 and 26.7.4."""
     angle = math.atan2(abs(t), math.sqrt(df))
-    term = math.cos(angle) if df % 2 else 1.0
+    term = math.sin(angle) * (math.cos(angle) if df % 2 else 1.0)
     total = term * (df > 1)
     for k in range(df % 2 + 1, df - 2, 2):
         term *= math.cos(angle) ** 2 * k / (k + 1)
         total += term
-    total *= math.sin(angle)
     return max(0.0, 1 - (2 / math.pi * (angle + total) if df % 2 else total))
 
 
@@ -227,13 +226,14 @@ def compare(args, flags):
         for job in [job for job in jobs if job.folder not in results]:
             left.append(sum(job.gflop * (1 - trained(job)[0] / job.steps) for job in jobs))
             seconds = (time.time() - began) / (left[0] - left[-1]) * left[-1] if left[0] > left[-1] else 0
-            told = f"{left[-1]:,.0f} GFLOP left" + f", {datetime.timedelta(seconds=round(seconds))}" * (seconds > 0)
+            told = f"{left[-1]:,.0f} GFLOP left" + f", about {seconds / 60:,.0f} minutes" * (seconds > 0)
             print(f"\nrun {len(results) + 1} of {len(jobs)}: {job.row}, seed {job.cfg.seed}; {told}", flush=True)
             try:
                 results[job.folder] = run_job(job)
                 write_table(args.out, jobs, results, baseline)
             except FloatingPointError as error:
                 print(f"{job.folder}: {error}", file=sys.stderr)
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # its Run's handler would only note a ^C
     except (KeyboardInterrupt, SystemExit) as stop:
         print("compare.py: stopped; the same command goes on", file=sys.stderr)
         raise SystemExit(getattr(stop, "code", 130)) from stop

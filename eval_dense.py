@@ -4,14 +4,15 @@
     python eval_dense.py RUN --baselines                       beside it the untrained encoder and raw patches
     python eval_dense.py RUN --data ADEChallengeData2016 --ignore 0            ADE20K, whose index 0 is "other"
 
-An image and its annotation are cut to their central square. Its `tokens` are standardised by the training images' mean
-and deviation; one linear layer gives each patch a score for each class; the scores are upsampled bilinearly to the
-image; the loss is the mean cross-entropy of the pixels that are not --ignore, by the fixed recipe below. The last epoch
-counts. Mean IoU: for each class that occurs in the test images' annotations, the intersection over the union of its
-true and its predicted pixels; then the mean over these classes.
+An image and its annotation are cut to their central square. Its `tokens` are standardised by the mean and deviation of
+1,000 training images; one linear layer gives each patch a score for each class; the scores are upsampled bilinearly to
+the image; the loss is the mean cross-entropy of the pixels that are not --ignore, by the fixed recipe below. The last
+epoch counts. Mean IoU: for each class that occurs in the test images' annotations, the intersection over the union of
+its true and its predicted pixels; then the mean over these classes.
 
 --data shapes: 2,000 training and 500 test images that the program draws, and so knows what each pixel shows. Ground
-and object have complementary colours, either of which is as often the ground's: colour alone cannot tell them apart.
+and object have complementary colours, and each colour is the ground's as often as the object's: colour alone cannot
+tell them apart.
 --data FOLDER: ADE20K's layout, images/training, images/validation, annotations/training, annotations/validation; an
 annotation is a PNG of class indices, named as its image is. Both are resized to the run's size.
 
@@ -31,7 +32,7 @@ from PIL import Image
 
 from common import Parser, UserError, answer, check, class_names, normalize, start_processes
 from eval_linear import Tokens, beside, load_model, tokens_of, train_probe
-from images import draw_shapes, read_image
+from images import KINDS, draw_shapes, read_image
 from pictures import draw_images
 
 RECIPE = {"optimizer": "AdamW", "lr": 2e-3, "weight_decay": 1e-4, "batch": 16, "epochs": 10, "schedule": "cosine"}
@@ -74,7 +75,7 @@ def annotated(folder, split, side, workers=0):
     places = [pathlib.Path(folder, kind, split) for kind in ("images", "annotations")]
     for place in places:
         check(place.is_dir(), "--data", folder, f"is not shapes, and no folder with {place.relative_to(folder)} in it")
-    files = sorted(f for f in places[0].iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    files = sorted(f for f in places[0].iterdir() if f.suffix.lower() in KINDS)
     check(files, "--data", places[0], "holds no images")
     notes = [places[1] / f"{file.stem}.png" for file in files]
     for note in notes:
@@ -155,12 +156,13 @@ def evaluate(args):
     (images, masks), (asked, truth) = (
         drawn(split, img, cfg.seed) if data == "shapes" else annotated(data, split, img, cfg.workers)
         for split in ("training", "validation"))
-    known = masks[masks != args.ignore]
-    check(len(known) and (truth != args.ignore).any(), "--ignore", args.ignore, "leaves nothing of the annotations")
-    classes = 1 + max(int(known.max()), int(truth[truth != args.ignore].max()))
+    known, occurs = (set(part.flatten().bincount().nonzero()[:, 0].tolist()) - {args.ignore} for part in (masks, truth))
+    check(len(known) > 1 and occurs, "--ignore", args.ignore, "leaves nothing to tell apart in the annotations; an "
+          "index that they do not hold, say 254, ignores nothing")
+    classes = 1 + max(known | occurs)
     names = ["ground", *class_names("shapes")] if data == "shapes" else [str(i) for i in range(classes)]
     print(f"{cfg.data} → {data}: {len(images):,} training images, {len(asked):,} test images of {img}×{img} pixels, "
-          f"{len(known.unique())} classes\nprobe: {', '.join(f'{k} {v}' for k, v in RECIPE.items())}", flush=True)
+          f"{len(known)} classes\nprobe: {', '.join(f'{k} {v}' for k, v in RECIPE.items())}", flush=True)
 
     def tokens(encoder):
         parts = [(x, None, torch.ones(len(x))) for x in (images, asked)]

@@ -8,14 +8,15 @@
 
 After Multi-View MAE, §4.1.2: 100 epochs, batch 512, mixup with a probability of 0.8, RandAugment. What that leaves open
 is MAE's recipe (arXiv 2111.06377, Table 9): AdamW, rates that fall from layer to layer, label smoothing, stochastic
-depth. What differs from MAE's code: in mixup each image draws its own share, where MAE draws one for the whole batch (α
-is 0.8 in both); RandAugment's strength is 9 of 30, torchvision's, where MAE's is 9 of 10 with a little noise
-(--rand-magnitude 27 comes near); there is no CutMix and no random erasing. Multi-View MAE's §4.1.3 hints at CutMix and
-colour jitter, without numbers.
+depth. What differs from MAE's code: positions stay fixed, where MAE's learn; crops are linear, where MAE's are bicubic;
+in mixup each image draws its own share, where MAE draws one for the whole batch (α is 0.8 in both); RandAugment's
+strength is 9 of 30 and both its operations always act, as in torchvision, where MAE's is 9 of 10 with a little noise
+and each acts with probability 0.5 (--rand-ops 1 --rand-magnitude 27 comes near); there is no CutMix and no random
+erasing. Multi-View MAE's §4.1.3 hints at CutMix and colour jitter, without numbers.
 
-The encoder ends in its own norm and its own pooling, as in `features`; all its weights learn, MCLim's patch embedding
-too. Test images are seen by their central crop. CAMAE fine-tunes on 1 % and 10 % of the labels as Barlow Twins does:
-papers/camae.md has the flags.
+The encoder ends in its own norm and its own pooling, as in `features`, where MAE's code begins a new norm behind the
+average; all its weights learn, MCLim's patch embedding too. Test images are seen by their central crop. CAMAE
+fine-tunes on 1 % and 10 % of the labels as Barlow Twins does: papers/camae.md has the flags.
 
 A fine-tuning is a folder like those of pre-training and is resumed in the same way; its pretrained.json holds what it
 needs of RUN for that. The last epoch counts: eval_finetune.json and confusion.png say what it is worth on test images.
@@ -49,7 +50,7 @@ class Config:
     labels: float = 1.0  # share of the labels to use, the same in each class; CAMAE Table V: 0.01, 0.1
     # regularisation
     mixup: float = 0.8  # probability that an image is mixed with another, Multi-View MAE §4.1.2
-    mixup_alpha: float = 0.8  # it keeps a share of itself by Beta(α, α); MAE's
+    mixup_alpha: float = 0.8  # a mixed image keeps a share of itself, drawn from Beta(α, α); MAE's
     rand_ops: int = 2  # operations of RandAugment for an image, Multi-View MAE §4.1.2; how many: torchvision's
     rand_magnitude: float = 9.0  # strength of RandAugment, 0 to 30; torchvision's
     smoothing: float = 0.1  # label smoothing; MAE's
@@ -58,11 +59,11 @@ class Config:
     # optimisation
     layer_decay: float = 0.75  # a block's rate as a share of the next one's; MAE's
     epochs: int = 100  # passes over the labelled images, Multi-View MAE §4.1.2
-    batch: int = 512  # images per step and per process, Multi-View MAE §4.1.2: in all; fewer where labels are few
+    batch: int = 512  # images per step and per process; Multi-View MAE §4.1.2: 512 in all; lowered where labels are few
     lr: float = 1e-3  # base learning rate, for a batch of 256; MAE's
     wd: float = 0.05  # weight decay; MAE's
     warmup: float = 5.0  # epochs of linear warm-up; MAE's
-    steps: int = 0  # stop after so many steps, the schedule too; 0 for all of --epochs
+    steps: int = 0  # length of training and schedule in steps; 0: as --epochs says
     # run
     data: str = ""  # another data set than the run's: a name or a folder
     root: str = ""  # where data sets are kept, if not where the run had them
@@ -259,9 +260,10 @@ def train(cfg):
     method = type(pre).__module__
     del source
     data, root = cfg.data or pre.data, cfg.root or pre.root
-    known, asked = map(labelled_only, load_data(replace(pre, data=data, root=root, workers=cfg.workers, images=0)))
-    check(known and asked, "--data", data, "has no labelled training and test images: name a folder that holds "
-          "train/CLASS/IMAGE and test/CLASS/IMAGE")
+    known, asked = load_data(replace(pre, data=data, root=root, workers=cfg.workers, images=0))
+    asked = labelled_only(asked)
+    check(asked and (known[1] >= 0).any(), "--data", data, "has no labelled training and test images: name a folder "
+          "that holds train/CLASS/IMAGE and test/CLASS/IMAGE")
     (_, labels, _), (queries, truth, aspect) = known, asked
     classes, kept = class_names(data, root), labelled(labels, cfg.labels, cfg.seed)
     typed, cfg = cfg.batch, fitting(cfg, len(kept), here.world)

@@ -5,9 +5,9 @@
     python eval_linear.py RUN --data stl10                     on another set than it was trained on
     python eval_linear.py RUN --seeds 3                        probes from three seeds: mean ± standard deviation
 
-All labelled images, of --images training images if that is given, are seen without augmentation, by the usual central
-crop.
-kNN: the 20 nearest training images by cosine vote with weight exp(cosine / 0.07).
+All images that have a label are used (with --images N those among N training images), without augmentation, by the
+usual central crop.
+kNN: the 20 training images of the highest cosine vote for their classes, each with the weight exp(cosine / 0.07).
 Linear probe: `features` standardised by the training images' mean and deviation, then one linear layer.
 Attentive probe: `tokens` of the last block, standardised; a learned query q weighs an image's N tokens x_n by
 softmax(q·x_n / √D), and a linear layer reads their weighted mean. (Projections to keys and values would add nothing:

@@ -13,8 +13,8 @@ Each rate but that of reading is the median of at least three runs and five seco
               --recompute; and, from this, the largest batch for a GPU of 12, 24 and 80 GB (1 GB is 10⁹ bytes). On a
               CPU without bfloat16 this part takes minutes
   step        forward, backward and AdamW on random views, without the moving average: in training's precision and in
-              float32, with --compile also compiled. Behind the first the TFLOP/s of the step, and of an 8192³ matrix
-              product (2048³ on a CPU)
+              float32, with --compile also compiled. Rates in training's precision are followed by the step's TFLOP/s
+              and those of an 8192³ matrix product (2048³ on a CPU)
   one view    where the encoder sees visible patches only: its forward and backward and the decoder's, against the same
               with all patches visible
 --recompute and --no-amp change nothing here.

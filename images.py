@@ -41,8 +41,7 @@ def load_images(data, split, size, root="data", workers=0, seed=0):
 
     `data` is a name of SETS, "shapes", or a folder. Images are stored whole, squeezed to S×S; aspect is width over
     height before that. S is `size`, or the set's own side where that is smaller (of a folder: the largest shorter side
-    among 100 images), since enlarging is the augmentation's work. Raises UserError: a set not to be had, an unreadable
-    image, unknown classes.
+    among 100 images): the views enlarge. Raises UserError: a set not to be had, an unreadable image, unknown classes.
     """
     if data == "shapes":
         images, labels = draw_shapes(5_000 if split == "train" else 1_000, min(size, 64), 2 * seed + (split == "test"))
@@ -168,6 +167,7 @@ def read_image(file, side):
     try:
         image = Image.open(file)
         image.draft("RGB", (side, side))
+        check(image.mode != "F", "its pixels", "floats", "0 to 1, or 0 to 255? Save it with 8 or 16 bits")
         image = image.convert("I").point(lambda x: x / 257).convert("L") if image.mode[0] == "I" else image  # 16 bits
         return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

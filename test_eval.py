@@ -359,7 +359,9 @@ def test_segmentation_writes_what_it_found(checkpoints, ade, data, capsys, monke
     (lambda ade: Image.new("L", (24, 20)).save(ade / "annotations/training/2.png"), ["2.png", "(24, 20)", "(24, 24)"]),
     (lambda ade: [f.unlink() for f in (ade / "images/training").iterdir()], ["images/training", "holds no images"]),
     (lambda ade: [Image.new("L", Image.open(f).size).save(f) for f in (ade / "annotations/training").iterdir()],
-     ["--ignore 0", "leaves nothing"])])
+     ["--ignore 0", "leaves nothing"]),
+    (lambda ade: [Image.fromarray(np.minimum(np.array(Image.open(f)), 1)).save(f)
+                  for f in (ade / "annotations/training").iterdir()], ["--ignore 0", "nothing to tell apart"])])
 def test_a_bad_folder_of_annotations_gets_one_line(checkpoints, ade, change, words, capsys):
     change(ade)
     assert eval_dense.main([str(checkpoints["mvmae"]), "--data", str(ade), "--ignore", "0"]) == 2
@@ -658,6 +660,8 @@ def test_rates_of_the_layers_are_those_of_the_schedule(checkpoints, little, tmp_
 def test_the_loop_of_fine_tuning(checkpoints, little, tmp_path, labels, mixed, monkeypatch):
     """Its images keep their own labels, are mixed and smoothed, and the network is in training after a test, too."""
     parts = [(y[:, None, None, None].expand_as(x).byte(), y, aspect) for x, y, aspect in little]
+    parts[0] = tuple(torch.cat([part[:2], part]) for part in parts[0])  # and two images without a label, which are
+    parts[0][0][:2], parts[0][1][:2] = 255, -1                          # never seen: there is no class 255
     monkeypatch.setattr(eval_finetune, "load_data", lambda cfg: parts)
     seen, trains, dropped, loss, forward = [], [], set(), F.cross_entropy, eval_finetune.Classifier.forward
 
@@ -898,6 +902,9 @@ def test_own_images_are_upright_on_white_whole_and_named(tmp_path):
     wholes = [common.denormalize(show.whole(image, a)) for image, a in zip(x, aspect.tolist())]
     assert [tuple(whole.shape) for whole in wholes] == [(3, 8, 16), (3, 16, 8), (3, 16, 16)]
     assert torch.allclose(wholes[0][:, 4, 2], torch.tensor([1.0, 0, 0]), atol=0.02)
+    Image.fromarray(np.full((20, 20), 0.5, np.float32)).save(tmp_path / "floats.tiff")
+    with pytest.raises(common.UserError, match="floats.tiff: can't be read as an image .*8 or 16 bits"):
+        show.own_images(tmp_path, 16, 8)
 
 
 @every_method
@@ -1153,10 +1160,17 @@ def test_ctrl_c_ends_a_comparison_cleanly_and_it_goes_on(fast, tmp_path, monkeyp
 
 
 def test_a_loss_that_is_not_finite_costs_its_row_alone(fast, tmp_path, monkeypatch, capsys):
+    def dead(sign, frame):
+        pass
+
     def fail(cfg):
+        signal.signal(signal.SIGINT, dead)  # as Run does, and only its end undoes it
         raise FloatingPointError("loss not finite by step 3")
+    handlers, run = [], compare.run_job
+    monkeypatch.setattr(compare, "run_job", lambda job: handlers.append(signal.getsignal(signal.SIGINT)) or run(job))
     monkeypatch.setattr(MODULES["mclim"], "train", fail)
     assert fast("out", "--gflop", "2", "--seeds", "0") == 1
+    assert len(handlers) == 4 and dead not in handlers
     table, _ = outcome(tmp_path / "out")
     assert [row["row"] for row in table] == ["MAE", "CMAE", "contrast"] and table[1]["kNN % p"] == "nan"
     assert "mclim-py-0: loss not finite by step 3" in capsys.readouterr().err

@@ -23,9 +23,9 @@ every head kept a good share in small runs), momentum (--momentum), a frozen pat
 normalised pixels (--norm-pixels), augmentations (--crop-min …), --lr; and, without a flag, that the mask follows the
 attention of f's class token, not of f_xi's, and that one head serves all images of a step.
 
-    torchrun --nproc-per-node 8 camae.py --data PATH         the paper's experiment, on ImageNet
-    python camae.py --tiny --data shapes                     a first look on a laptop
-    python eval_linear.py runs/camae-DATE-TIME               the linear probe; show.py draws the heads' masks
+    torchrun --nproc-per-node 8 camae.py --data PATH --recompute       the paper's experiment, on ImageNet
+    python camae.py --tiny --data shapes                               a first look on a laptop
+    python eval_linear.py runs/camae-DATE-TIME                         the linear probe; show.py draws the heads' masks
 Measured: --tiny, CIFAR-10 (JPEG), steps 81 to 100: loss 4.968, reconstruction 1.126, contrast 3.842.
 Every other choice, symbol and misprint, and the paper's tables: papers/camae.md.
 """

@@ -13,7 +13,7 @@ from images import (Batches, UserError, adjust_brightness, adjust_contrast, adju
                     check, class_names, color_jitter, crop_boxes, crop_resize, denormalize, gaussian_blur, load_images,
                     normalize, random_grayscale, random_hflip, random_resized_crop, resize)
 from pictures import draw_curves, draw_images, reconstruction_rows
-from weights import (autocast, check_features, effective_rank, extract_features, fixed_choice, init_encoders,
+from weights import (autocast, check_features, cosine_lr, effective_rank, extract_features, fixed_choice, init_encoders,
                      keep_memory, knn_accuracy, knn_votes, load_checkpoint, newest, online_knn, param_groups, recompute,
                      save_checkpoint, save_file, timm_call)
 
@@ -92,24 +92,30 @@ def answer(program, job, smaller="lower --batch"):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has it not
             stream.reconfigure(errors="replace")  # a file on Windows may know no Greek letters
+    line, status, stop = "", 0, None
     try:
         job()
-        return 0
+    except SystemExit as error:  # a signal, to all processes
+        stop = error
     except (UserError, OSError) as error:
         line, status = str(error), 2
-    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
-        if "out of memory" not in str(error):
+    except RuntimeError as error:  # torch's, cuBLAS's or NCCL's
+        if not re.search("out of memory|ALLOC_FAILED", str(error)):
             raise
         line, status = f"out of GPU memory: {smaller}", 2
     except FloatingPointError as error:
         line, status = str(error), 1
     except KeyboardInterrupt:
         line, status = "stopped; what was saved before, if anything, is still there", 130
-    finally:
-        if dist.is_initialized():
-            gc.collect()  # the model goes first: its averaging still holds the group
-            dist.destroy_process_group()
-    print(f"{program}: {line}", file=sys.stderr)
+    if line:
+        print(f"{program}: {line}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        if line:  # NCCL would wait here for the other processes, which wait for this one; torchrun ends them
+            os._exit(status)
+        gc.collect()  # the model goes first: its averaging still holds the group
+        dist.destroy_process_group()
+    if stop:
+        raise stop
     return status
 
 
@@ -179,6 +185,7 @@ def start_processes(device="auto"):
         torch.cuda.set_device(local)
         torch.cuda.empty_cache()  # of a run before in this process
         torch.cuda.reset_peak_memory_stats()
+        torch.backends.cudnn.allow_tf32 = False  # float32 is float32 in convolutions, too; bfloat16 is as before
     if world > 1 and not dist.is_initialized():
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save yet: ^C ends them all without a word
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=12),
@@ -196,13 +203,6 @@ def schedule(cfg, per_epoch):
     warm-up."""
     steps, warmup = getattr(cfg, "steps", 0), round(cfg.warmup * per_epoch)
     return (steps, min(warmup, steps // 5)) if steps else (cfg.epochs * per_epoch, warmup)
-
-
-def cosine_lr(step, steps, warmup, peak):
-    """Learning rate of step 0 … steps - 1: a line up to `peak` over `warmup` steps, then half a cosine down to 0."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def load_data(cfg):
@@ -353,8 +353,8 @@ class Run:
             self.sums, self.logged_step, self.clock = {} if due else self.sums, step, time.time()
 
     def save(self, step, train, test, model, **parts):
-        """At an epoch's or the training's end or after a signal: encoder.pt, check_features and pictures if due, then
-        the checkpoint.
+        """At an epoch's or the training's end or after a signal: encoder.pt, check_features if due, the checkpoint,
+        pictures if due.
 
         train, test: load_images' triples; test None: no test images; both None: fine-tuning. parts: what else is saved.
         Pictures are drawn at most once a minute, and at the end. Raises FloatingPointError if a weight is not finite.
@@ -372,6 +372,7 @@ class Run:
                 knn = f"kNN top-1 {100 * found['knn']:.1f} %" if "knn" in found else (
                     "no kNN without training images of two classes and labelled test images")
                 self.tell(f"after epoch {epoch}: effective rank {found['rank']:.1f}, {knn}")
+            save_checkpoint(self.folder / "last.pt", self.method, self.cfg, step, model=model, **parts)
             if self.leaving or step == self.steps or time.time() - self.drawn_time > 60:
                 images, _, aspect = test or train or (None, None, None)
                 if images is not None:
@@ -380,7 +381,6 @@ class Run:
                     draw_images(self.folder / "reconstruction.png", reconstruction_rows(model, x))
                 draw_curves(self.folder / "curves.png", self.rows)
                 self.drawn_time = time.time()
-            save_checkpoint(self.folder / "last.pt", self.method, self.cfg, step, model=model, **parts)
         self.stopped, self.clock, self.logged_step = self.leaving, time.time(), step
 
     def finish(self, following=("eval_linear.py", "eval_finetune.py", "show.py")):

@@ -82,15 +82,19 @@ class Tokens:
         self.mean, self.std = (like.mean, like.std) if like else (few.mean((0, 1)), few.std((0, 1)).clamp(min=1e-6))
         self.shape, self.gigabytes = (n, *few.shape[1:]), 2 * n * few[0].numel() / 1e9
         if self.gigabytes <= HELD / 1e9:
-            self.held = torch.empty(self.shape, dtype=torch.float16)
+            free = torch.cuda.mem_get_info(few.device)[0] / 1e9 if few.is_cuda else 0
+            place = few.device if 3 * self.gigabytes < free else "cpu"  # a GPU that has room, else the host
+            self.held = torch.empty(self.shape, dtype=torch.float16, device=place)
             for ids in torch.arange(n).split(250):
-                self.held[ids] = self.standardised(ids).half().cpu()
+                self.held[ids.to(place)] = self.standardised(ids).half().to(place)
 
     def standardised(self, ids):
         return (self.encode(ids).float() - self.mean) / self.std
 
     def __getitem__(self, ids):
-        return self.standardised(ids) if self.held is None else self.held[ids].to(self.mean.device).float()
+        if self.held is None:
+            return self.standardised(ids)
+        return self.held[ids.to(self.held.device)].to(self.mean.device).float()
 
     def __len__(self):
         return self.n

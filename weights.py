@@ -2,7 +2,7 @@
 
 A method file imports all of it from common.py.
 """
-import contextlib, ctypes, dataclasses, functools, os, pathlib, sys, zipfile
+import contextlib, ctypes, dataclasses, functools, math, os, pathlib, sys, zipfile
 
 import torch
 import torch.distributed as dist
@@ -143,6 +143,13 @@ def keep_memory():
             library = ctypes.CDLL(None)
             library.mallopt(-4, 0)  # M_MMAP_MAX: no block is got from the kernel on its own
             library.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: free memory stays
+
+
+def cosine_lr(step, steps, warmup, peak):
+    """Learning rate of step 0 … steps - 1: a line up to `peak` over `warmup` steps, then half a cosine down to 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def param_groups(model, wd):

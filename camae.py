@@ -207,8 +207,6 @@ class CAMAE(nn.Module):
         if self.cfg.mask_by == "random":
             return random_mask(len(x), self.N, self.cfg.mask, x.device)
         m = torch.randint(self.cfg.heads, (1,), device=x.device) if m is None else m
-        # Without contrast this pass is the step's first, and it has no gradient. Autocast of an older torch would keep
-        # its bfloat16 weights for the loss, which then would not train them (pytorch/pytorch pull request 165068).
         attention = (self.encoder.attention(x) if entering is None else
                      class_attention(self.encoder.blocks[-1], entering))  # (B, K, N)
         return idm_mask(attention.index_select(1, m)[:, 0], self.cfg.mask)

@@ -95,7 +95,7 @@ def answer(program, job, smaller="lower --batch"):
     line, status, stop = "", 0, None
     try:
         job()
-    except SystemExit as error:  # a signal, to all processes
+    except SystemExit as error:  # --help, or a signal, which all processes get
         stop = error
     except (UserError, OSError) as error:
         line, status = str(error), 2

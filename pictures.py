@@ -13,7 +13,7 @@ TITLES = {"knn": "kNN top-1 in %", "rank": "effective rank", "lr": "learning rat
 
 def draw_curves(file, rows):
     """One panel for each column of metrics.csv, over epochs; those that differ in a last number or letter share one."""
-    panels = {}
+    panels, last = {}, float(rows[-1]["epoch"]) or 1
     for name in list(rows[0])[2:]:
         scale = 100 if name == "knn" else 1
         points = [(float(row["epoch"]), scale * float(row[name])) for row in rows if row.get(name, "") != ""]
@@ -27,7 +27,7 @@ def draw_curves(file, rows):
                 axis.plot(*zip(*points), marker="." if len(points) < 20 else None, label=name)
             if len(panels[title]) > 1:
                 axis.legend(fontsize="xx-small", ncols=2)
-            axis.set(title=TITLES.get(title, title.replace("_", " ")), xlabel="epoch")
+            axis.set(title=TITLES.get(title, title.replace("_", " ")), xlabel="epoch", xlim=(0, 1.03 * last))
             axis.grid(alpha=0.3)
     figure.savefig(file, dpi=100)
 

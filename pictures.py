@@ -13,7 +13,7 @@ TITLES = {"knn": "kNN top-1 in %", "rank": "effective rank", "lr": "learning rat
 
 def draw_curves(file, rows):
     """One panel for each column of metrics.csv, over epochs; those that differ in a last number or letter share one."""
-    panels, last = {}, float(rows[-1]["epoch"]) or 1
+    panels, last = {}, float(rows[-1]["epoch"]) or 1  # 0 where a long epoch has just begun
     for name in list(rows[0])[2:]:
         scale = 100 if name == "knn" else 1
         points = [(float(row["epoch"]), scale * float(row[name])) for row in rows if row.get(name, "") != ""]

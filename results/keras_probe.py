@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-from common import cosine_lr, extract_features, load_data, start_processes
+from common import answer, check, cosine_lr, extract_features, load_data, start_processes
 from eval_linear import load_model
 
 
@@ -37,7 +37,8 @@ def probe(features, labels, epochs=50, batch=256, peak=0.1):
 
 
 def main(*runs):
-    """Prints the top-1 in % of each run and of its untrained encoder, on the test images."""
+    """Prints the top-1 in % of each run and of its untrained encoder, on the test images. Raises UserError."""
+    check(runs, "RUN", "…", "name the folders of runs")
     here = start_processes("auto")
     for run in runs:
         for trained in (True, False):
@@ -56,4 +57,4 @@ def main(*runs):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(answer("keras_probe.py", lambda: main(*sys.argv[1:])))

@@ -10,7 +10,7 @@ import pathlib, sys
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-from common import central_crop, fixed_choice, load_images, normalize
+from common import answer, central_crop, check, fixed_choice, load_images, normalize
 from eval_linear import load_model
 
 
@@ -23,8 +23,9 @@ def shares(encoder, images, img):
     return [(tokens.mean(axis).square().sum(1).mean() / whole).item() for axis in (0, 1)]
 
 
-def main(data, *runs):
-    """Prints a line for each run, and one for its untrained encoder."""
+def main(data="", *runs):
+    """Prints a line for each run, and one for its untrained encoder. Raises UserError."""
+    check(runs, "RUN", "…", "name a folder of images, then the folders of runs")
     for run in runs:
         for trained in (True, False):
             model, cfg = load_model(run, trained)
@@ -34,4 +35,4 @@ def main(data, *runs):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(answer("places.py", lambda: main(*sys.argv[1:])))

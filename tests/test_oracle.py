@@ -1,0 +1,53 @@
+"""Losses of 20 steps of each method, and the gradient norm of every tenth, as tests/oracle.json
+records them: float32, one thread, 80 generated images in batches of 8."""
+import csv
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+ORACLE = Path(__file__).with_name("oracle.json")
+
+
+def run(method, settings, out):
+    """Trains for 20 steps. Returns {name: 20 values}; "gradient" has those of steps 10 and 20."""
+    norms = []
+
+    def measure(optimizer, args, kwargs):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.stack([g.norm() for g in grads if g is not None]).norm().item())
+
+    module = importlib.import_module(method)
+    cfg = module.Config(**settings, data="shapes", images=80, out=str(out), device="cpu",
+                        amp=False, log_every=1, knn_every=0)
+    handle, threads = register_optimizer_step_pre_hook(measure), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        module.train(cfg)
+    finally:
+        handle.remove()
+        torch.set_num_threads(threads)
+    with open(Path(out, "metrics.csv"), newline="") as table:
+        rows = list(csv.DictReader(table))
+    skip = ("step", "epoch", "lr", "knn", "rank", "images_per_second", "seconds")
+    names = [name for name in rows[0] if name not in skip and " head" not in name]
+    losses = {name: [float(row[name]) for row in rows if row[name]] for name in names}
+    return {**{name: values for name, values in losses.items() if len(values) == 20},
+            "gradient": norms[9::10]}
+
+
+@pytest.mark.parametrize("name", json.loads(ORACLE.read_text()) if ORACLE.exists() else ())
+def test_losses_and_gradients_equal_the_recorded_ones(name, tmp_path):
+    known = json.loads(ORACLE.read_text())[name]
+    found = run(known["method"], known["settings"], tmp_path)
+    assert found.keys() == known["values"].keys()
+    worst = max(abs(a - b) / abs(b) for term, values in known["values"].items()
+                for a, b in zip(found[term], values, strict=True))
+    print(f"{name}: largest relative difference {worst:.1e}")
+    assert math.isfinite(worst) and worst < 1e-3

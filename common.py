@@ -1,400 +1,497 @@
-"""What no paper is about: command line, processes, schedule, data, log.
-
-Images are in images.py; checkpoints, kNN and effective rank in weights.py. A method file imports all of it from here.
-"""
-import argparse, csv, dataclasses, datetime, gc, inspect, json, math, os, pathlib, re, shlex, shutil, signal, subprocess
-import sys, time, typing
+"""What no paper is about: flags, processes, batches, kNN, checkpoints, the run folder."""
+import argparse
+import csv
+import dataclasses
+import datetime
+import inspect
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import typing
+import zipfile
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torchvision
+import torch.nn.functional as F
 
-from images import (Batches, UserError, adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, central_crop,
-                    check, class_names, color_jitter, crop_boxes, crop_resize, denormalize, gaussian_blur, load_images,
-                    normalize, random_grayscale, random_hflip, random_resized_crop, resize)
-from pictures import draw_curves, draw_images, reconstruction_rows
-from weights import (autocast, check_features, cosine_lr, effective_rank, extract_features, fixed_choice, init_encoders,
-                     keep_memory, knn_accuracy, knn_votes, load_checkpoint, newest, online_knn, param_groups, recompute,
-                     save_checkpoint, save_file, timm_call)
-
-RESUMABLE = {  # these may change when a run is resumed
-    "resume", "tiny", "root", "device", "compile", "recompute", "workers", "knn_every", "log_every", "test_every"}
+from augment import central_crop, normalize
+from images import Images, UserError, load_images
+from plots import plot_curves, plot_images
 
 
-# Command line
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are UserErrors."""
-    def error(self, message):
-        raise UserError(f"{message} (--help lists the flags)")
+def require(condition, message):
+    """Raises UserError unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
 
 
-def command_line(method, Config, TINY, argv=None):
-    """The Config that `argv` asks for: a field is a flag (`run`: a bare word), its comment the help, its Literal the
-    choices; a comment above fields is the heading of a group.
+# Flags
 
-    What is typed goes over TINY with --tiny, over the run's own config with --resume. A warm-up that is not typed is at
-    most a fifth of the epochs. Raises UserError.
-    """
-    about, kinds = inspect.getdoc(sys.modules[Config.__module__]), typing.get_type_hints(Config)
-    examples = re.findall(rf"^ +((?:python|torchrun).*{method}\.py.*)", about, re.M)[:2]
-    parser = Parser(f"{method}.py", usage=f"%(prog)s{' RUN' * ('run' in kinds)} [--flag value …]", allow_abbrev=False,
-                    description=about.split("\n\n")[0], epilog="\n  ".join(["examples:", *examples]),
-                    formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-    for heading, name, text in re.findall(r"^    (?:# (.+)|(\w+): .*?  # (.*))$", inspect.getsource(Config), re.M):
-        if heading:
-            group = parser.add_argument_group(heading)
-            continue
-        kind, default, tiny = kinds[name], getattr(Config, name), getattr(TINY, name)
-        form = ({"nargs": "?", "metavar": "RUN"} if name == "run" else
-                {"action": argparse.BooleanOptionalAction} if kind is bool else
-                {"choices": typing.get_args(kind)} if typing.get_origin(kind) is typing.Literal else
-                {"type": kind, "metavar": kind.__name__.upper()})
-        text += f" (default: {default}{f', tiny: {tiny}' * (tiny != default and name != 'tiny')})" * (default != "")
-        word = name if name == "run" else "--" + name.replace("_", "-")
-        group.add_argument(word, help=text.replace("%", "%%"), **form)
-    typed = vars(parser.parse_intermixed_args(argv))
+RESUMABLE = ("resume", "root", "device", "compile", "log_every", "eval_every")  # shape no result
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """Settings of a run that no paper is about. A method's Config adds its own."""
+    data: str = "cifar10"  # cifar10, cifar100, stl10, tiny-imagenet, shapes or a folder
+    root: str = "data"  # where data sets are downloaded and folders decoded
+    images: int = 0  # train on this many images, the same in every run; 0: all
+    out: str = ""  # folder of the run, new or empty (default: runs/METHOD-DATE-TIME)
+    resume: str = ""  # folder of a run to continue
+    init: str = ""  # initial encoder: a run, its encoder.pt or a state dict of timm's
+    seed: int = 0  # of all random numbers
+    device: typing.Literal["auto", "cpu", "cuda"] = "auto"  # where to compute
+    amp: bool = True  # bfloat16 autocast where the device is fast in it
+    compile: bool = False  # torch.compile the model
+    log_every: int = 20  # steps between rows of metrics.csv
+    eval_every: int = 10  # epochs between evaluations; 0: never
+    tiny: bool = False  # a size for a laptop
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, (int, float)):
+                require(0 <= value < 2 ** 32, f"{flag(name)} {value}: negative or too large")
+        for name in ("epochs", "batch", "lr", "img", "patch", "dim", "depth", "heads", "log_every"):
+            require(getattr(self, name, 1) > 0, f"{flag(name)} must be positive")
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def make_parser(file, doc, Config, TINY):
+    """One flag for each field of Config. The comment behind a field is its help."""
+    parser = argparse.ArgumentParser(
+        Path(file).name, usage="%(prog)s [--flag value ...]", description=doc.split("\n\n")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    source = "".join(inspect.getsource(base) for base in (RunConfig, Config))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
+    kinds = typing.get_type_hints(Config)
+    own = Config.__annotations__
+    for field in sorted(dataclasses.fields(Config), key=lambda field: field.name not in own):
+        kind, tiny = kinds[field.name], getattr(TINY, field.name)
+        default = f"default: {field.default}" + (f", tiny: {tiny}" if tiny != field.default else "")
+        text = f"{comments.get(field.name, '')} ({default})".replace("%", "%%")
+        if kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(kind) is typing.Literal:
+            options = {"choices": typing.get_args(kind)}
+        elif kind in (int, float, str):
+            options = {"type": kind, "metavar": kind.__name__.upper()}
+        else:
+            raise TypeError(f"{field.name}: a flag is int, float, str, bool or Literal, not {kind}")
+        parser.add_argument(flag(field.name), help=text, **options)
+    return parser
+
+
+def make_config(typed, Config, TINY, method):
+    """The Config of typed flags, over TINY with --tiny, over a run's own with --resume. A warm-up
+    that is not typed is at most a fifth of the epochs."""
     if "resume" not in typed:
         base = TINY if typed.get("tiny") else Config()
         typed.setdefault("warmup", min(base.warmup, typed.get("epochs", base.epochs) / 5))
         return dataclasses.replace(base, **typed)
-    run = pathlib.Path(typed["resume"])
-    saved = read_facts(run, method, Config)["config"]
+    saved = read_config(typed["resume"], method)["config"]
+    known = {field.name for field in dataclasses.fields(Config)}
+    for name in sorted(known ^ set(saved)):
+        print(f"{flag(name)}: {'new, takes its default' if name in known else 'is gone'}")
+    saved = {name: value for name, value in saved.items() if name in known}
     for name, value in typed.items():
-        check(name in RESUMABLE or value == saved[name], {"run": "RUN"}.get(name, f"--{name.replace('_', '-')}"), value,
-              f"{run} was started with {saved[name]!r}, and a resumed run keeps what shapes its result")
-    return Config(**{**saved, **typed, "out": str(run)})
+        require(name in RESUMABLE or value == saved.get(name), f"{flag(name)} {value}: "
+                f"{typed['resume']} was started with {saved.get(name)}, and a resumed run keeps it")
+    return Config(**{**saved, **typed, "out": typed["resume"]})
 
 
-def read_facts(run, method, Config):
-    """What config.json of a run of `method` holds. Raises UserError where there is none, or another method's."""
-    check((run / "config.json").is_file(), "--resume", run, "is not the folder of a run: it holds no config.json")
+def read_config(folder, method=None):
+    """config.json of a run. Raises UserError if it is missing or is another method's."""
     try:
-        facts = json.loads((run / "config.json").read_text())
-        theirs, names, _ = facts["method"], set(facts["config"]), int(facts["processes"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--resume {run}: its config.json is broken ({error})") from error
-    check(theirs == method, "--resume", run, f"is a run of {theirs}.py")
-    ours = {field.name for field in dataclasses.fields(Config)}
-    check(names == ours, "--resume", run, f"was started by another {method}.py: {sorted(names ^ ours)} differ")
-    return facts
+        facts = json.loads(Path(folder, "config.json").read_text())
+        require(method in (None, facts["method"]), f"{folder} is a run of {facts['method']}.py")
+        return facts
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is not the folder of a run: config.json: {error}") from error
 
 
-def launch(method, Config, TINY, train, argv=None):
-    """Runs a method's command line. Returns the exit status of `answer`."""
-    smaller = "lower --batch" + ", --img, --dim or --depth, or add --recompute" * hasattr(Config, "recompute")
-    return answer(f"{method}.py", lambda: train(command_line(method, Config, TINY, argv)), smaller)
-
-
-def answer(program, job, smaller="lower --batch"):
-    """Runs job(). Returns the exit status: 2, one line on standard error says what to mend (`smaller`: where a GPU's
-    memory is full); 1, the loss blew up; 130, ^C."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has it not
-            stream.reconfigure(errors="replace")  # a file on Windows may know no Greek letters
-    line, status, stop = "", 0, None
+def run_program(file, doc, Config, TINY, train, argv=None):
+    """Runs train(Config of the flags `argv`). A mistake of the user ends it with one line and
+    status 2, a loss that is not finite with status 1."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it was closed
+    parser = make_parser(file, doc, Config, TINY)
+    typed = vars(parser.parse_args(argv))
     try:
-        job()
-    except SystemExit as error:  # --help, or a signal, which all processes get
-        stop = error
+        folder = train(make_config(typed, Config, TINY, Path(file).stem))
     except (UserError, OSError) as error:
-        line, status = str(error), 2
-    except RuntimeError as error:  # torch's, cuBLAS's or NCCL's
-        if not re.search("out of memory|ALLOC_FAILED", str(error)):
-            raise
-        line, status = f"out of GPU memory: {smaller}", 2
+        parser.error(str(error))
     except FloatingPointError as error:
-        line, status = str(error), 1
-    except KeyboardInterrupt:
-        line, status = "stopped; what was saved before, if anything, is still there", 130
-    if line:
-        print(f"{program}: {line}", file=sys.stderr, flush=True)
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        labelled = read_config(folder)["classes"] > 1
+        print(f"next: python {'eval_linear' if labelled else 'show'}.py {folder}")
     if dist.is_initialized():
-        if line:  # NCCL would wait here for the other processes, which wait for this one; torchrun ends them
-            os._exit(status)
-        gc.collect()  # the model goes first: its averaging still holds the group
         dist.destroy_process_group()
-    if stop:
-        raise stop
-    return status
-
-
-def check_each(cfg, names, ok, right):
-    """Raises UserError, which says what is `right`, where ok(value) is false of one of the fields `names`."""
-    for name in names.split():
-        check(ok(getattr(cfg, name)), "--" + name.replace("_", "-"), getattr(cfg, name), right)
-
-
-def check_least(cfg, least, names):
-    """Raises UserError where one of the fields `names` is below `least`, or not finite."""
-    check_each(cfg, names, lambda value: least <= value < math.inf, f"must be at least {least}")
-
-
-def check_above(cfg, low, names):
-    """Raises UserError where one of the fields `names` is not above `low`, or not finite."""
-    check_each(cfg, names, lambda value: low < value < math.inf, f"must be above {low}")
-
-
-def check_share(cfg, names):
-    """Raises UserError where one of the fields `names` is no share or probability, 0…1."""
-    check_each(cfg, names, lambda value: 0 <= value <= 1, "must lie between 0 and 1")
-
-
-def check_training(cfg):
-    """Raises UserError where a field that every training has is out of range."""
-    check_least(cfg, 1, "epochs batch log_every")
-    check_least(cfg, 0, "wd warmup workers seed")
-    check_above(cfg, 0, "lr")
-    check(cfg.warmup < cfg.epochs, "--warmup", cfg.warmup, f"must be below --epochs {cfg.epochs}")
-    check(cfg.seed < 2 ** 32, "--seed", cfg.seed, "must be below 2^32")
-
-
-def check_config(cfg):
-    """Raises UserError where a field that every method has, or one of a decoder, is out of range."""
-    check_training(cfg)
-    check_least(cfg, 1, "img patch dim depth heads")
-    check_least(cfg, 0, "knn_every images store steps")
-    check(cfg.img % cfg.patch == 0, "--patch", cfg.patch, f"must divide --img {cfg.img}")
-    check(cfg.dim % (4 * cfg.heads) == 0, "--dim", cfg.dim, f"must be a multiple of 4 times --heads {cfg.heads}")
-    if hasattr(cfg, "decoder_dim"):
-        check_least(cfg, 1, "decoder_depth decoder_dim decoder_heads")
-        check(cfg.decoder_dim % (4 * cfg.decoder_heads) == 0, "--decoder-dim", cfg.decoder_dim,
-              f"must be a multiple of 4 times --decoder-heads {cfg.decoder_heads}")
-
-
-def check_mask(cfg):
-    """Raises UserError unless --mask leaves some of the N patches masked and some visible."""
-    N = (cfg.img // cfg.patch) ** 2
-    check(0 < cfg.mask < 1 and 0 < round(cfg.mask * N) < N, "--mask", cfg.mask,
-          f"must lie between 0 and 1 and leave some of {N} patches masked and some visible")
 
 
 # Processes and numerics
 
-Here = typing.NamedTuple("Here", [("rank", int), ("world", int), ("device", torch.device)])  # where this process runs
-
-
 def start_processes(device="auto"):
-    """Joins torchrun's processes, if it started this one, and picks the device. Raises UserError if cuda is missing."""
-    rank, world, local = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    """(device, rank, world) of this process; joins the others if torchrun started it."""
     cuda = torch.cuda.is_available() and device != "cpu"
-    check(cuda or device != "cuda", "--device", device, "no CUDA GPU is at hand; cpu and auto will run")
-    keep_memory()
+    require(cuda or device != "cuda", "--device cuda: no CUDA GPU is available")
+    rank, world, local_rank = 0, 1, 0
+    if "RANK" in os.environ:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        rank, world, local_rank = (int(os.environ[name]) for name in names)
+    device = torch.device(f"cuda:{local_rank}" if cuda else "cpu")
     if cuda:
-        check(local < (n := torch.cuda.device_count()), "--nproc-per-node", world, f"there are only {n} GPUs")
-        torch.cuda.set_device(local)
-        torch.cuda.empty_cache()  # of a run before in this process
-        torch.cuda.reset_peak_memory_stats()
-        torch.backends.cudnn.allow_tf32 = False  # float32 is float32 in convolutions, too; bfloat16 is as before
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # float32 convolutions stay float32
     if world > 1 and not dist.is_initialized():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save yet: ^C ends them all without a word
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=12),
-                                device_id=torch.device("cuda", local) if cuda else None)
-    return Here(rank, world, torch.device("cuda", local) if cuda else torch.device("cpu"))
+                                device_id=device if cuda else None)
+    return device, rank, world
 
 
 def seed_step(seed, step, rank=0):
-    """Makes all random numbers of a step a function of (seed, step, rank): a resumed run draws the same."""
+    """Makes the random numbers of a step depend on (seed, step, rank) alone: exact resume."""
     torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
 
 
-def schedule(cfg, per_epoch):
-    """Steps of the whole training and of its warm-up. --steps, if given, is the whole, and a fifth of it the longest
-    warm-up."""
-    steps, warmup = getattr(cfg, "steps", 0), round(cfg.warmup * per_epoch)
-    return (steps, min(warmup, steps // 5)) if steps else (cfg.epochs * per_epoch, warmup)
+def autocast(device, amp=True):
+    """bfloat16 autocast where the device computes in bfloat16, else float32."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        cpu = torch.cpu.get_capabilities()
+        fast = cpu.get("amx_bf16") or cpu.get("avx512_bf16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bool(amp and fast))
+
+
+# Batches
+
+def fixed_choice(n, count):
+    """`count` of n ids, or all, always the same."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:count]
 
 
 def load_data(cfg):
-    """The training and the test images of a Config, each as load_images gives it; None for test images where there are
-    none. --images takes a fixed choice. Raises UserError."""
-    side = cfg.store or round(cfg.img * 8 / 7)
-    train, test = (load_images(cfg.data, split, side, cfg.root, cfg.workers, cfg.seed) for split in ("train", "test"))
+    """Training and test Images of a Config; None for a missing test split."""
+    side = round(cfg.img * 8 / 7)
+    train = load_images(cfg.data, "train", side, cfg.root, cfg.seed)
+    test = load_images(cfg.data, "test", side, cfg.root, cfg.seed)
     if cfg.images:
-        check(cfg.images <= len(train[0]), "--images", cfg.images, f"there are only {len(train[0])} training images")
-        train = tuple(part[fixed_choice(len(part), cfg.images)] for part in train)
+        require(cfg.images <= len(train), f"--images {cfg.images}: there are only {len(train)}")
+        train = train[fixed_choice(len(train), cfg.images)]
     return train, test
 
 
-# The run on disk
+class Batches:
+    """`batches[step]`: the Images of a step on the device. An epoch is a permutation that
+    (seed, epoch) determines; the last incomplete batch is dropped.
 
-def git_commit():
-    """The commit of these files, with "-dirty" behind it if they were changed since; "" outside a repository."""
-    here, ask = pathlib.Path(__file__).parent, "git describe --always --dirty --abbrev=40 --exclude=*".split()
-    return subprocess.run(ask, cwd=here, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    The pixels stay on the GPU if they take less than a quarter of its free memory.
+    """
+    def __init__(self, images, batch, seed, device, rank=0, world=1):
+        require(batch * world <= len(images), f"--batch {batch}: there are only {len(images)} "
+                f"training images; try --batch {len(images) // world}")
+        self.images, self.batch, self.seed = images, batch, seed
+        self.device, self.rank, self.world = device, rank, world
+        self.epoch = self.order = None
+        if device.type == "cuda" and images.pixels.nbytes < torch.cuda.mem_get_info(device)[0] // 4:
+            self.images = dataclasses.replace(images, pixels=images.pixels.to(device))
 
+    def __len__(self):
+        return len(self.images) // (self.batch * self.world)
+
+    def ids(self, step):
+        """The images of batches[step], int64 (B,)."""
+        epoch, i = divmod(step, len(self))
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self.epoch, self.order = epoch, torch.randperm(len(self.images), generator=generator)
+        start = (i * self.world + self.rank) * self.batch
+        return self.order[start:start + self.batch]
+
+    def __getitem__(self, step):
+        ids = self.ids(step)
+        pixels = self.images.pixels[ids.to(self.images.pixels.device, non_blocking=True)]
+        if pixels.device != self.device:
+            pixels = pixels.pin_memory().to(self.device, non_blocking=True)
+        return Images(pixels, self.images.labels[ids], self.images.aspect[ids])
+
+
+# Evaluation
+
+@torch.no_grad()
+def extract_features(encoder, images, img, device, amp=True):
+    """encoder.features of the central crops of Images: float32 (N, D) on the device."""
+    rows = []
+    for ids in torch.arange(len(images)).split(250):
+        batch = images[ids]
+        batch.pixels = batch.pixels.to(device)
+        with autocast(device, amp):
+            rows.append(encoder.features(normalize(central_crop(batch, img))).float())
+    return torch.cat(rows)
+
+
+def knn_accuracy(features, labels, queries, query_labels, k=20, tau=0.07):
+    """Top-1 accuracy in 0…1 of `queries` (Q, D): the k rows of `features` (N, D) with the highest
+    cosine vote for their labels, each with weight exp(cosine / tau)."""
+    bank, right = F.normalize(features.float(), dim=1), 0
+    for q, truth in zip(queries.split(500), query_labels.split(500)):
+        cosine, nearest = (F.normalize(q.float(), dim=1) @ bank.T).topk(min(k, len(bank)))
+        votes = torch.zeros(len(q), int(labels.max()) + 1, device=q.device)
+        votes.scatter_add_(1, labels[nearest], (cosine / tau).exp())
+        right += (votes.argmax(1) == truth).sum().item()
+    return right / len(queries)
+
+
+def effective_rank(features):
+    """RankMe, arXiv 2210.02885: exp of the entropy of the singular values of (N, D), each as a
+    fraction of their sum. 1 … min(N, D)."""
+    sigma = torch.linalg.svdvals(features.float())
+    p = sigma / sigma.sum().clamp(min=1e-12) + 1e-7
+    return torch.special.entr(p).sum().exp().item()
+
+
+# Checkpoints
+
+def save_file(state, file, previous=None):
+    """torch.save beside `file`, then moved over it; the old one becomes `previous`."""
+    part = file.with_suffix(".part")
+    try:
+        torch.save(state, part)
+    except RuntimeError as error:  # how torch reports a full disk
+        part.unlink(missing_ok=True)
+        raise OSError(f"cannot write {file}: {error}") from error
+    if previous and file.exists():
+        os.replace(file, previous)
+    os.replace(part, file)
+
+
+def read_file(file):
+    """What torch.save wrote: tensors and plain values. Raises UserError if it is damaged."""
+    try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                require(archive.testzip() is None, "a checksum is wrong")
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile, pickle and torch raise many kinds
+        if "argparse.Namespace" in str(error):
+            raise UserError(f"{file} holds more than tensors. These lines extract the weights:\n"
+                            f"state = torch.load({str(file)!r}, weights_only=False)\n"
+                            "torch.save(state['model'], 'weights.pt')") from error
+        raise UserError(f"{file} is damaged or no checkpoint: {error}") from error
+
+
+def save_checkpoint(folder, method, step, cfg, **parts):
+    """Writes the state of `parts` after `step` steps to last.pt; the one before is previous.pt."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"method": method, "step": step, "config": dataclasses.asdict(cfg)}
+    save_file(state, Path(folder, "last.pt"), Path(folder, "previous.pt"))
+
+
+def load_checkpoint(path, **parts):
+    """Loads a checkpoint, or the newest one of a run folder, into `parts`. Returns all it holds:
+    "method", "step", "config" and the state dict of each part. Raises UserError."""
+    files = [Path(path, name) for name in ("last.pt", "previous.pt")]
+    files = [file for file in files if file.exists()] if Path(path).is_dir() else [Path(path)]
+    require(files, f"{path} holds no checkpoint")
+    state = read_file(files[0])
+    require(isinstance(state, dict) and "method" in state, f"{files[0]} is not a run's checkpoint")
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"{files[0]} does not fit: {error}") from error
+    return state
+
+
+def load_encoder(encoder, path):
+    """Loads the encoder of a run, a checkpoint, an encoder.pt or a timm ViT. Raises UserError."""
+    path = Path(path)
+    state = read_file(path / "encoder.pt" if path.is_dir() else path)
+    try:
+        state = state.get("model", state)  # of a checkpoint, or of MAE's published files
+        ours = {name[8:]: state[name] for name in state if name.startswith("encoder.")}
+        timms = {name: state[name] for name in state if not name.startswith("head.")}
+        encoder.load_state_dict(ours or timms)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise UserError(f"--init {path}: {error}") from error
+
+
+# The run
 
 class Run:
-    """The folder of a run: config, metrics, curves, pictures, checkpoints; only the first process writes.
+    """The folder of a run; only the first process writes. `start`: the first step to do.
 
-    After SIGINT or SIGTERM the loop finishes its step, `save` saves, and `stopped` is true. `columns`: what is
-    written once an epoch by `write`. Raises UserError for an --out that holds something."""
-    def __init__(self, method, cfg, here, per_epoch, columns=("knn", "rank")):
-        self.folder = pathlib.Path(cfg.out or time.strftime(f"runs/{method}-%Y%m%d-%H%M%S"))
-        self.method, self.cfg, self.here, self.per_epoch, self.columns = method, cfg, here, per_epoch, columns
-        self.steps, self.warmup = schedule(cfg, per_epoch)
-        self.rows, self.sums, self.asked, self.leaving, self.stopped, self.live = [], {}, math.inf, False, False, False
-        self.signal = self.first_step = self.logged_step = self.drawn_time = self.warned = 0
-        if here.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=bool(cfg.out))
-            held = {f.name for f in self.folder.iterdir()} - {"config.part"}
-            check(cfg.resume or not held, "--out", self.folder, "must be new or empty; --resume goes on with a run")
-            for left in self.folder.glob("*.part"):  # by a crash
-                left.unlink()
-        for sign in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(sign, self.stop)
-        self.start_time = self.clock = self.shown_time = time.time()
-
-    def stop(self, sign, frame):
-        """Notes a signal for `log`. Another one, a second later, ends the program; torchrun sends each twice."""
-        if time.time() > self.asked + 1:
-            signal.signal(sign, signal.SIG_DFL)
-            signal.raise_signal(sign)
-        elif not self.signal and self.here.rank == 0:
-            when = "after this step" if self.here.world == 1 else "at the next row of metrics.csv"
-            os.write(2, f"\nstopping {when}\n".encode())  # print may be at work just now
-        self.signal, self.asked, self.live = sign, min(self.asked, time.time()), False
-
-    def resume(self, **parts):
-        """The step to go on from, 0 in a new run, whose config.json it writes. Reads the checkpoint into `parts`, and
-        the metrics up to it. Says what is about to be done."""
-        cfg, (rank, world, device), model = self.cfg, self.here, parts["model"]
+    After Ctrl-C or SIGTERM `interrupted` becomes true when the step has been logged.
+    """
+    def __init__(self, file, cfg, batches, steps, **parts):
+        self.method, self.cfg, self.parts = Path(file).stem, cfg, parts
+        self.folder = Path(cfg.out or time.strftime(f"runs/{self.method}-%Y%m%d-%H%M%S"))
+        self.per_epoch, self.steps, self.start = len(batches), steps, 0
+        self.device, self.rank, self.world = batches.device, batches.rank, batches.world
+        self.rows, self.columns, self.sums, self.count = [], [], {}, 0
+        self.signal, self.interrupted, self.live = 0, False, False
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
+                                capture_output=True).stdout.strip() if shutil.which("git") else ""
+        facts = {"method": self.method, "config": dataclasses.asdict(cfg),
+                 "images": len(batches.images), "classes": len(batches.images.classes),
+                 "processes": self.world, "command": shlex.join(sys.argv),
+                 "torch": torch.__version__, "git": commit}
         if cfg.resume:
-            started = read_facts(self.folder, self.method, type(cfg))["processes"]
-            check(started == world, "--resume", self.folder, f"was started with {started} processes: "
-                  + self.command(f"{self.method}.py --resume", started))
-            self.first_step = self.logged_step = load_checkpoint(self.folder, self.method, **parts)["step"]
-            with open(self.folder / "metrics.csv", newline="") as file:
-                whole = [row for row in csv.DictReader(file) if None not in row.values()]
-        if rank == 0:
-            if cfg.resume:
-                self.write(*(row for row in whole if int(row["step"]) <= self.first_step))
-            else:
-                facts = {"method": self.method, "config": dataclasses.asdict(cfg), "command": shlex.join(sys.argv),
-                         "git": git_commit(), "python": sys.version.split()[0], "torch": torch.__version__,
-                         "torchvision": torchvision.__version__, "timm": timm_call(cfg, model.encoder),
-                         "processes": world, "device": str(device)}
-                (self.folder / "config.part").write_text(json.dumps(facts, indent=1) + "\n")
-                os.replace(self.folder / "config.part", self.folder / "config.json")
-            with autocast(device, cfg.amp):
-                precision = "bfloat16" if torch.is_autocast_enabled(device.type) else "float32"
-            place = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-            size, own = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.encoder))
-            self.tell(f"{self.method} on {place}, {precision}; {size:.1f} M parameters, {own:.1f} M in the encoder; "
-                      f"{self.per_epoch * cfg.batch * world:,} images and {self.per_epoch:,} steps an epoch, "
-                      f"{self.steps:,} steps in all, {self.warmup:,} of them warm-up; folder {self.folder}")
-        return self.first_step
+            saved = read_config(self.folder, self.method)
+            for name in ("images", "processes"):
+                require(saved[name] == facts[name], f"--resume {self.folder}: it was started with "
+                        f"{saved[name]} {name}; there are {facts[name]}")
+            if (self.folder / "last.pt").exists() or (self.folder / "previous.pt").exists():
+                self.start = load_checkpoint(self.folder, **parts)["step"]
+                with open(self.folder / "metrics.csv", newline="") as table:
+                    whole = [row for row in csv.DictReader(table) if None not in row.values()]
+                self.rows = [row for row in whole if int(row["step"]) <= self.start]
+        elif self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            require(not any(self.folder.iterdir()),
+                    f"--out {self.folder} is not empty; --resume continues a run")
+            (self.folder / "config.json").write_text(json.dumps(facts, indent=1) + "\n")
+        if self.rank == 0:
+            size = sum(p.numel() for p in parts["model"].parameters()) / 1e6
+            self.tell(f"{self.method} on {self.device}: {size:.1f} M parameters, steps "
+                      f"{self.start:,} to {steps:,}, folder {self.folder}")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
+        self.began = self.clock = time.time()
+        self.drawn = 0
+
+    def stop(self, number, frame):
+        """Notes a signal. A second one ends the program, but torchrun sends each twice."""
+        if self.world == 1:
+            signal.signal(number, signal.SIG_DFL)
+        if self.rank == 0 and not self.signal:
+            os.write(2, b"\nstopping at the next row of metrics.csv\n")
+        self.signal = number
 
     def tell(self, line, live=False):
-        """Prints a line. On a terminal a live one is cut to its width, and the next live one takes its place."""
+        """Prints a line. On a terminal a live one is overwritten by the next."""
         live = live and sys.stdout.isatty()
         if live:
-            print(f"\r\033[K{line[:shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+            print("\r\033[K" + line[:shutil.get_terminal_size().columns - 1], end="", flush=True)
         else:
-            print(f"{chr(10) * self.live}{line}", flush=True)
+            print(("\n" if self.live else "") + line, flush=True)
         self.live = live
 
-    def command(self, program, processes=1):
-        """What to type so that so many processes of `program` take up this run."""
-        here, drives = pathlib.Path(__file__), {pathlib.Path(p).drive for p in (sys.executable, __file__, os.getcwd())}
-        near = os.path.relpath if len(drives) == 1 else str  # Windows has no path from one drive to another
-        python = min(sys.executable, near(sys.executable), key=len)
-        many = f"-m torch.distributed.run --nproc-per-node {processes} " if processes > 1 else ""  # torchrun
-        return f"{python} {many}{near(here.with_name(program))} {shlex.quote(str(self.folder))}"
-
-    def write(self, *rows):
-        """Adds rows, column → value, to metrics.csv; the first ones of this process make the file anew."""
-        file, anew = self.folder / "metrics.csv", not self.rows
-        self.rows += rows
-        try:
-            with open(file.with_suffix(".part") if anew else file, "a", newline="") as out:
-                writer = csv.DictWriter(out, self.rows[0])
-                if anew:
-                    writer.writeheader()
-                writer.writerows(rows)
+    def write(self, row):
+        """Appends a row to metrics.csv, or writes the file anew if the row has a new column."""
+        self.rows.append(row)
+        anew = not set(row) <= set(self.columns)
+        if anew:
+            self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        with open(self.folder / "metrics.csv", "w" if anew else "a", newline="") as table:
+            writer = csv.DictWriter(table, self.columns)
             if anew:
-                os.replace(file.with_suffix(".part"), file)
-        except OSError as error:
-            raise OSError(f"{error}; {newest(self.folder)}") from error
+                writer.writeheader()
+            writer.writerows(self.rows if anew else [row])
 
-    def log(self, step, losses, lr):
-        """Sums a step's terms; writes and shows their means every --log-every steps of an epoch, at its end, and after
-        a signal. Shows them after the first step and every ten seconds, too. Within an epoch the loop waits for the
-        device only here. Raises FloatingPointError when a term is not finite."""
+    def log(self, step, losses):
+        """Writes the mean losses every --log-every steps. Raises FloatingPointError if one is not
+        finite."""
+        self.step = step + 1
         for name, value in losses.items():
-            total, n = self.sums.get(name, (0.0, 0))
-            self.sums[name] = (total + value.detach(), n + 1)
-        self.leaving, first = self.signal > 0 and self.here.world == 1, step == self.first_step + 1
-        due = step % self.per_epoch % self.cfg.log_every == 0 or step == self.steps or self.leaving
-        if not (due or first or time.time() > self.shown_time + 10):
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.count += 1
+        rest = self.step % self.per_epoch % self.cfg.log_every
+        if rest and self.step < self.steps and not (self.signal and self.world == 1):
             return
-        means = {name: float(total) / n for name, (total, n) in self.sums.items()}
-        terms = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-        if not all(map(math.isfinite, means.values())):
-            raise FloatingPointError(f"loss not finite by step {step}: {terms}; {newest(self.folder)}")
-        if due and self.here.world > 1:  # several processes agree on leaving
-            asked = torch.tensor(self.signal, device=self.here.device)
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-            self.signal, self.leaving = int(asked), bool(asked)
-        pace = (time.time() - self.clock) / (step - self.logged_step)
-        if self.here.rank == 0:
-            epoch, epochs, left = step / self.per_epoch, self.steps / self.per_epoch, (self.steps - step) * pace
-            speed = self.cfg.batch * self.here.world / pace
-            self.tell(f"epoch {epoch:.2f}/{epochs:.4g}  step {step}  {terms}  {speed:,.0f} images/s  "
-                      f"{datetime.timedelta(seconds=round(left))} left", live=True)
-            if due:
-                row = {"step": step, "epoch": round(epoch, 4), "lr": lr, **dict.fromkeys(self.columns, "")}
-                self.write({**row, **means, "images_per_second": round(speed, 3)})
-            if not first and left > 86_400 and self.here.device.type == "cpu" and not (self.warned or self.cfg.tiny):
-                self.tell(f"at this pace it takes {left / 86_400:.1f} days on this CPU; --tiny is made for CPUs")
-                self.warned = True
-        self.shown_time = time.time()
-        if due or first:
-            self.sums, self.logged_step, self.clock = {} if due else self.sums, step, time.time()
+        means = {name: float(total) / self.count for name, total in self.sums.items()}
+        if not all(math.isfinite(value) for value in means.values()):
+            raise FloatingPointError(f"step {step}: the loss is not finite: {means}")
+        if self.world > 1:  # the processes agree on whether one of them got a signal
+            signals = torch.tensor(self.signal, device=self.device)
+            dist.all_reduce(signals, dist.ReduceOp.MAX)
+            self.signal = int(signals)
+        self.interrupted = self.signal > 0
+        if self.rank == 0:
+            pace = (time.time() - self.clock) / self.count
+            speed = self.cfg.batch * self.world / pace
+            left = datetime.timedelta(seconds=round((self.steps - self.step) * pace))
+            epoch, lr = self.step / self.per_epoch, self.parts["optimizer"].param_groups[0]["lr"]
+            first, *others = [f"{name} {value:.4f}" for name, value in means.items()]
+            self.tell(f"epoch {epoch:.2f}/{self.cfg.epochs:g}  {first}  {speed:,.0f} images/s  "
+                      f"{left} left  {'  '.join(others)}", live=True)
+            self.write({"step": self.step, "epoch": epoch, "lr": lr, **means,
+                        "images_per_second": round(speed, 1)})
+        self.sums, self.count, self.clock = {}, 0, time.time()
 
-    def save(self, step, train, test, model, **parts):
-        """At an epoch's or the training's end or after a signal: encoder.pt, check_features if due, the checkpoint,
-        pictures if due.
+    def epoch_done(self, step):
+        """Whether an epoch or the training ends with this step, or Ctrl-C ends it."""
+        return self.step % self.per_epoch == 0 or self.step == self.steps or self.interrupted
 
-        train, test: load_images' triples; test None: no test images; both None: fine-tuning. parts: what else is saved.
-        Pictures are drawn at most once a minute, and at the end. Raises FloatingPointError if a weight is not finite.
-        """
-        epoch, rest = divmod(step, self.per_epoch)
-        if rest and step < self.steps and not self.leaving:
+    def save(self, step):
+        """Writes last.pt and encoder.pt."""
+        if self.rank == 0:
+            save_checkpoint(self.folder, self.method, step + 1, self.cfg, **self.parts)
+            weights = self.parts["model"].encoder.state_dict()
+            save_file({name: weights[name].cpu() for name in weights}, self.folder / "encoder.pt")
+        self.clock = time.time()
+
+    def evaluate(self, train, test):
+        """Effective rank of 2,000 training images, and kNN of 1,000 test images among 5,000, if
+        both sets are labelled. Every --eval-every epochs, and at the end."""
+        every = self.cfg.eval_every * self.per_epoch
+        due = every > 0 and (self.step == self.steps or self.step % every == 0)
+        if self.rank > 0 or not due:
             return
-        if self.here.rank == 0:
-            if not all(p.isfinite().all() for p in model.parameters()):
-                raise FloatingPointError(f"a weight is not finite at step {step}; {newest(self.folder)}")
-            save_file({name: w.cpu() for name, w in model.encoder.state_dict().items()}, self.folder / "encoder.pt")
-            if train is not None and not rest and self.cfg.knn_every and epoch % self.cfg.knn_every == 0:
-                found = check_features(model.encoder, train, test, self.cfg, self.here)
-                self.write({"step": step, "epoch": epoch, **found})
-                knn = f"kNN top-1 {100 * found['knn']:.1f} %" if "knn" in found else (
-                    "no kNN without training images of two classes and labelled test images")
-                self.tell(f"after epoch {epoch}: effective rank {found['rank']:.1f}, {knn}")
-            save_checkpoint(self.folder / "last.pt", self.method, self.cfg, step, model=model, **parts)
-            if self.leaving or step == self.steps or time.time() - self.drawn_time > 60:
-                images, _, aspect = test or train or (None, None, None)
-                if images is not None:
-                    ids = fixed_choice(len(images), 8)
-                    x = normalize(central_crop(images[ids].to(self.here.device), self.cfg.img, aspect[ids]))
-                    draw_images(self.folder / "reconstruction.png", reconstruction_rows(model, x))
-                draw_curves(self.folder / "curves.png", self.rows)
-                self.drawn_time = time.time()
-        self.stopped, self.clock, self.logged_step = self.leaving, time.time(), step
 
-    def finish(self, following=("eval_linear.py", "eval_finetune.py", "show.py")):
-        """Says where everything is and which programs are next; returns the folder, or exits with 128 + the signal."""
-        for sign, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
-            signal.signal(sign, usual)
-        if self.here.rank == 0:
-            seconds, cuda = round(time.time() - self.start_time), self.here.device.type == "cuda"
-            peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory allocated" if cuda else ""
-            self.tell(f"{'stopped' if self.stopped else 'done'} after {datetime.timedelta(seconds=seconds)}{peak}; "
-                      f"pictures, metrics, checkpoints: {self.folder}")
-            again = self.command(f"{self.method}.py --resume", self.here.world)
-            for line in [again] if self.stopped else map(self.command, following):
-                print(f"next: {line}")
-        if self.stopped:
+        def features(images, count):
+            images = images[fixed_choice(len(images), count)]
+            encoder, cfg = self.parts["model"].encoder, self.cfg
+            return (extract_features(encoder, images, cfg.img, self.device, cfg.amp),
+                    images.labels.to(self.device))
+
+        rank = effective_rank(features(train, 2000)[0])
+        row = {"step": self.step, "epoch": self.step / self.per_epoch, "rank": rank}
+        text = f"epoch {row['epoch']:g}: effective rank {rank:.1f}"
+        if test and len(train.classes) > 1:
+            bank = features(train[train.labels >= 0], 5000)
+            queries = features(test[test.labels >= 0], 1000)
+            row["knn"] = knn_accuracy(*bank, *queries)
+            text += (f", kNN top-1 {100 * row['knn']:.1f} % ({len(queries[0]):,} test images "
+                     f"among {len(bank[0]):,} training images)")
+        self.write(row)
+        self.tell(text)
+        self.clock = time.time()
+
+    def draw(self, images):
+        """curves.png and reconstruction.png, at most once a minute and at the end."""
+        if self.rank > 0 or (self.step < self.steps and time.time() < self.drawn + 60):
+            return
+        batch = images[fixed_choice(len(images), 8)]
+        batch.pixels = batch.pixels.to(self.device)
+        x = normalize(central_crop(batch, self.cfg.img))
+        masked, prediction = self.parts["model"].reconstruct(x)
+        plot_images(self.folder / "reconstruction.png",
+                    {"original": x, "masked": masked, "reconstruction": prediction})
+        plot_curves(self.folder / "curves.png", self.rows)
+        self.drawn = self.clock = time.time()
+
+    def finish(self):
+        """Returns the folder. After a signal: says how to continue and exits with 128 + signal."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self.rank == 0:
+            passed = datetime.timedelta(seconds=round(time.time() - self.began))
+            self.tell(f"{'stopped' if self.signal else 'done'} after {passed}: {self.folder}")
+            if self.signal:
+                self.tell(f"to continue: python {self.method}.py --resume {self.folder}")
+        if self.signal:
             raise SystemExit(128 + self.signal)
         return self.folder

@@ -25,7 +25,7 @@ def run(method, settings, out):
 
     module = importlib.import_module(method)
     cfg = module.Config(**settings, data="shapes", images=80, out=str(out), device="cpu",
-                        amp=False, log_every=1, knn_every=0)
+                        amp=False, log_every=1, eval_every=0)
     handle, threads = register_optimizer_step_pre_hook(measure), torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -16,7 +16,7 @@ One training step on B images of N patches, V visible, D the width of a token, P
     step of AdamW on L_r + λ·L_c                           # Eq. 7
 
 The paper leaves open, and may change the result: --pool, --norm-pixels, --pixels, --tau,
---crop-min, --kernel, --decoder-depth. papers/mvmae.md has every choice, symbol and misprint.
+--crop-min, --decoder-depth. papers/mvmae.md has every choice, symbol and misprint.
 
     python mvmae.py --data PATH                  the paper's run on ImageNet-1K (not yet run)
     python mvmae.py --tiny --data shapes         a first look on a laptop
@@ -52,7 +52,6 @@ class Config(RunConfig):
     pixels: Literal["masked", "all"] = "masked"  # patches that Eq. 3 counts; MAE's are the masked
     norm_pixels: bool = False  # target of Eq. 3: each patch normalised, as in MAE's paper
     crop_min: float = 0.2  # smallest crop, fraction of the area; MAE's
-    kernel: Literal["linear", "bicubic"] = "linear"  # how crops are resized; MAE's is bicubic
     img: int = 224  # side of the views in pixels, §4.1.1
     patch: int = 16  # side of a patch in pixels, §4.1.1
     dim: int = 768  # width D, §4.1.1
@@ -99,7 +98,7 @@ def views(images, cfg):
     (B, 3, img, img): the same one twice unless --targets is two.
     """
     def augment():
-        crop = random_resized_crop(images, cfg.img, (cfg.crop_min, 1.0), kernel=cfg.kernel)
+        crop = random_resized_crop(images, cfg.img, (cfg.crop_min, 1.0), kernel="bicubic")
         return normalize(random_hflip(crop))
     view1 = augment()
     return view1, (augment() if cfg.targets == "two" else view1)

@@ -1,5 +1,5 @@
-"""MACRL: Yuchong Yao, Nandakishor Desai and Marimuthu Palaniswami, "Masked Contrastive
-Representation Learning", arXiv 2211.06012, 2022. Written from its abstract.
+"""MACRL, reconstructed from the abstract: Yuchong Yao, Nandakishor Desai and Marimuthu
+Palaniswami, "Masked Contrastive Representation Learning", arXiv 2211.06012, 2022.
 
 Two views of an image go through a siamese network: one encoder f, and a decoder in each branch,
 d_s and d_w. Branch s has the higher mask ratio and the stronger augmentation. A projector g makes
@@ -11,13 +11,14 @@ One training step on B images of N patches, V visible, D the width of a token, P
     x_s, x_w = their colours changed                # the same, normalised            (B, 3, 32, 32)
     z_s = f(x_s), 75 % of the patches masked        # "higher mask ratio"              (B, 1 + V, D)
     z_w = f(x_w), 50 % of the patches masked        # "weaker data corruptions"        (B, 1 + V, D)
-    q, k = g(mean(z_s)), g_ξ(mean(f_ξ(x_w)))        # "encoder in both branches"       (B, 128)
-    L_c = InfoNCE(q, k; the bank)                   # "contrastive learning objective" a scalar
+    q, k = g(mean(z_s)), g(mean(z_w))               # "encoder in both branches"       (B, 128)
+    L_c = InfoNCE(q, k)                             # "contrastive learning objective" a scalar
     y_s, y_w = d_s(z_s), d_w(z_w)                   # "the decoders' outputs"          (B, N, P)
     L_s, L_w = L1(y, c), masked patches only        # "L_1 reconstruction loss"        two scalars
     step of AdamW on λ_c·L_c + λ_r·(L_s + L_w)/2
 
-Every choice: papers/macrl.md.
+A third party's summary names a memory bank: --keys momentum --bank 4096. Every choice:
+papers/macrl.md.
 """
 import copy
 import math
@@ -46,9 +47,9 @@ class Config(RunConfig):
     lam_c: float = 1.0  # λ_c, weight of the contrastive loss, 0: none; ours
     lam_r: float = 1.0  # λ_r, weight of the reconstruction loss, 0: none; ours
     tau: float = 0.2  # τ, temperature; MoCo v2's
-    bank: int = 4096  # keys of earlier steps that serve as negatives; ours
-    keys: Literal["momentum", "shared"] = "momentum"  # of momentum averages, or of f and g
+    keys: Literal["shared", "momentum"] = "shared"  # made by f and g, or by momentum averages
     momentum: float = 0.99  # of the averages, rising to 1; MoCo v3's
+    bank: int = 0  # keys of earlier steps that are further negatives, 0: none
     pool: Literal["mean", "cls"] = "mean"  # features: mean of patch tokens, or class token; ours
     restore: Literal["clean", "view"] = "clean"  # target: the crop, or the augmented view; ours
     pixels: Literal["masked", "all"] = "masked"  # patches that the L1 loss counts; MAE's
@@ -101,9 +102,8 @@ class Config(RunConfig):
             require(getattr(self, name) <= 1, f"{name} must be at most 1")
 
 
-TINY = Config(bank=1024, dim=192, depth=4, heads=3, hidden=384, out_dim=64, decoder_depth=2,
-              decoder_dim=96, decoder_heads=3, epochs=8, batch=128, warmup=1.0, eval_every=1,
-              tiny=True)
+TINY = Config(dim=192, depth=4, heads=3, hidden=384, out_dim=64, decoder_depth=2, decoder_dim=96,
+              decoder_heads=3, epochs=8, batch=128, warmup=1.0, eval_every=1, tiny=True)
 
 
 # The abstract. B: images. N: patches of an image. V: visible ones. P = 3·p·p: values of a patch

@@ -1,24 +1,31 @@
 """MACRL, reconstructed from the abstract: Yuchong Yao, Nandakishor Desai and Marimuthu
 Palaniswami, "Masked Contrastive Representation Learning", arXiv 2211.06012, 2022.
 
-Two views of an image go through a siamese network: one encoder f, and a decoder in each branch,
-d_s and d_w. Branch s has the higher mask ratio and the stronger augmentation. A projector g makes
-queries q from the features of branch s and keys k from those of branch w. Queries and keys are
-contrasted, and both decoders reconstruct.
+Two views of an image go through a siamese network with an encoder and a decoder in each branch.
+Branch s has the higher mask ratio and the stronger augmentation, branch w the weaker ones. The
+encoder's features of the two branches are contrasted, and both decoders reconstruct.
 
 One training step on B images of N patches, V visible, D the width of a token, P values a patch:
-    c_s, c_w = two crops, flipped                   # "stronger data augmentation"    (B, 3, 32, 32)
-    x_s, x_w = their colours changed                # the same, normalised            (B, 3, 32, 32)
-    z_s = f(x_s), 75 % of the patches masked        # "higher mask ratio"              (B, 1 + V, D)
-    z_w = f(x_w), 50 % of the patches masked        # "weaker data corruptions"        (B, 1 + V, D)
-    q, k = g(mean(z_s)), g(mean(z_w))               # "encoder in both branches"       (B, 128)
-    L_c = InfoNCE(q, k)                             # "contrastive learning objective" a scalar
-    y_s, y_w = d_s(z_s), d_w(z_w)                   # "the decoders' outputs"          (B, N, P)
-    L_s, L_w = L1(y, c), masked patches only        # "L_1 reconstruction loss"        two scalars
+    x_s, c_s = strongly augmented crops, and the same before    # "stronger data augmentation"
+    x_w, c_w = weakly augmented crops, and the same before      # (B, 3, 32, 32), normalised
+    z_s = f(x_s, 25 % of the patches)     # "higher mask ratio"               (B, 1 + V, D)
+    z_w = f(x_w, 50 % of the patches)     # "weaker data corruptions"         (B, 1 + V, D)
+    q, k = g(mean of z_s), g(mean of z_w)    # "features from the encoder"    (B, 128)
+    L_c = InfoNCE(q, k)                   # "contrastive learning objective"  a scalar
+    y_s, y_w = d_s(z_s), d_w(z_w)         # "the decoders' outputs"           (B, N, P)
+    L_s, L_w = L1(y, c), masked patches   # "L_1 reconstruction loss"         two scalars
     step of AdamW on λ_c·L_c + λ_r·(L_s + L_w)/2
 
-A third party's summary names a memory bank: --keys momentum --bank 4096. Every choice:
-papers/macrl.md.
+The abstract has no formula and no number. Ours, and may change the result: --mask, --mask-w, the
+augmentations (--crop-min-s, --jitter-s, …), --restore, --pixels, --norm-pixels, --pool, the
+projector g, --lam-c, --lam-r, all sizes. A third party's summary of the paper names a memory bank:
+--keys momentum --bank 4096. papers/macrl.md has every choice.
+
+    python macrl.py                             our defaults, on CIFAR-10
+    python macrl.py --tiny --data shapes        a first look on a laptop
+    python eval_linear.py runs/macrl-DATE-TIME  accuracy; eval_finetune.py: fine-tuned
+
+Not yet run on a GPU. Expect, with --tiny --images 5000 --epochs 1 on CIFAR-10 (JPEG): LOSS.
 """
 import copy
 import math
@@ -96,38 +103,36 @@ class Config(RunConfig):
         require(self.tau > 0, "--tau must be positive")
         require(self.lam_c + self.lam_r > 0, "--lam-c 0 and --lam-r 0 leave no loss")
         require(self.lam_c == 0 or self.batch > 1, "--batch 1 has no negatives; try --lam-c 0")
-        for name in ("crop_min_s", "crop_min_w"):
-            require(0 < getattr(self, name) <= 1, f"{name} must be above 0 and at most 1")
+        require(0 < self.crop_min_s <= 1, "--crop-min-s must be above 0 and at most 1")
+        require(0 < self.crop_min_w <= 1, "--crop-min-w must be above 0 and at most 1")
         for name in ("momentum", "jitter_s", "jitter_w", "gray_s", "gray_w", "blur_s", "blur_w"):
-            require(getattr(self, name) <= 1, f"{name} must be at most 1")
+            require(getattr(self, name) <= 1, f"--{name.replace('_', '-')} must be at most 1")
 
 
 TINY = Config(dim=192, depth=4, heads=3, hidden=384, out_dim=64, decoder_depth=2, decoder_dim=96,
               decoder_heads=3, epochs=8, batch=128, warmup=1.0, eval_every=1, tiny=True)
 
 
-# The abstract. B: images. N: patches of an image. V: visible ones. P = 3·p·p: values of a patch
-# of p×p pixels. M: keys in the bank. H = W = img.
-
-def clean_views(images, cfg):
-    """A crop of each image for branch s and one for branch w, each flipped with probability 1/2.
-
-    images: uint8 (B, 3, S, S) or a batch of Batches. Returns two of (B, 3, img, img), 0…1.
-    """
-    return tuple(random_hflip(random_resized_crop(images, cfg.img, (smallest, 1.0)))
-                 for smallest in (cfg.crop_min_s, cfg.crop_min_w))
-
-
-def change_colours(clean, cfg):
-    """Changes the colours of both crops of clean_views. Returns x_s and x_w, normalised."""
-    chances = (cfg.jitter_s, cfg.gray_s, cfg.blur_s), (cfg.jitter_w, cfg.gray_w, cfg.blur_w)
-    return tuple(normalize(gaussian_blur(random_grayscale(color_jitter(x, p=jitter), gray), blur))
-                 for x, (jitter, gray, blur) in zip(clean, chances))
-
+# The abstract. B: images. N: patches of an image. V: visible patches. P = 3·p·p: values of a patch
+# of p×p pixels. H = W = img. Encoder, Decoder and other parts stand at the end of the file, where B
+# is any number of rows.
 
 def views(images, cfg):
-    """The views of branch s and branch w, normalised (B, 3, img, img)."""
-    return change_colours(clean_views(images, cfg), cfg)
+    """Views x_s, x_w of branches s and w, and the clean crops c_s, c_w of which they are made.
+
+    images: uint8 (B, 3, S, S) or a batch of Batches. Returns x_s, x_w, c_s and c_w, normalised,
+    (B, 3, img, img). Crops are flipped with probability 1/2; colours and blur change behind them.
+    """
+    def crop(smallest):
+        return random_hflip(random_resized_crop(images, cfg.img, (smallest, 1.0)))
+
+    def augment(c, jitter, gray, blur):
+        return gaussian_blur(random_grayscale(color_jitter(c, p=jitter), gray), blur)
+
+    c_s, c_w = crop(cfg.crop_min_s), crop(cfg.crop_min_w)                       # 0…1
+    x_s = augment(c_s, cfg.jitter_s, cfg.gray_s, cfg.blur_s)    # "stronger data augmentation"
+    x_w = augment(c_w, cfg.jitter_w, cfg.gray_w, cfg.blur_w)    # "weaker data corruptions"
+    return normalize(torch.stack([x_s, x_w, c_s, c_w])).unbind()
 
 
 def random_mask(B, N, ratio, device=None):
@@ -153,56 +158,61 @@ class MACRL(nn.Module):
         self.N = (cfg.img // cfg.patch) ** 2
         self.V_s = self.N - round(cfg.mask * self.N)
         self.V_w = self.N - round(cfg.mask_w * self.N)
-        self.encoder = Encoder(cfg.img, cfg.patch, cfg.dim, cfg.depth, cfg.heads, cfg.pool)
+        self.encoder = Encoder(cfg.img, cfg.patch, cfg.dim, cfg.depth, cfg.heads, cfg.pool)  # f
 
         def decoder():
             blocks = [Block(cfg.decoder_dim, cfg.decoder_heads) for _ in range(cfg.decoder_depth)]
             return Decoder(cfg.img, cfg.patch, cfg.dim, cfg.decoder_dim, blocks)
-        self.decoder_s, self.decoder_w = decoder(), decoder()
-        self.g = mlp(cfg.dim, cfg.hidden, cfg.out_dim).apply(init_weights)
+        self.decoder_s, self.decoder_w = decoder(), decoder()                   # d_s, d_w
+        self.g = mlp(cfg.dim, cfg.hidden, cfg.out_dim).apply(init_weights)      # projector
         if cfg.keys == "momentum":
-            self.f_xi = copy.deepcopy(self.encoder).requires_grad_(False)
-            self.g_xi = copy.deepcopy(self.g).requires_grad_(False)
+            self.f_xi = copy.deepcopy(self.encoder).requires_grad_(False)       # f_ξ, average of f
+            self.g_xi = copy.deepcopy(self.g).requires_grad_(False)             # g_ξ, average of g
         self.register_buffer("bank", torch.randn(cfg.bank, cfg.out_dim))        # (M, out)
-        self.g.requires_grad_(cfg.lam_c > 0)                 # a loss of weight 0 trains nothing
+        self.g.requires_grad_(cfg.lam_c > 0)                  # a loss of weight 0 trains nothing
         self.decoder_s.requires_grad_(cfg.lam_r > 0)
         self.decoder_w.requires_grad_(cfg.lam_r > 0)
 
-    def forward(self, view1, view2, target1=None, target2=None):
-        """Normalised views of branches s and w (B, 3, H, W), and their targets (None: the views)
-        → {"loss", "contrast", "reconstruction", "reconstruction s", "reconstruction w"}, without
-        the terms of weight 0."""
+    def forward(self, x_s, x_w, c_s=None, c_w=None, mask_s=None, mask_w=None):
+        """Views x and clean crops c of both branches, normalised (B, 3, H, W) → {"loss",
+        "contrast": L_c, "reconstruction": L_r, "reconstruction s": L_s, "reconstruction w": L_w}
+        without the terms of weight 0. c None: the target is the view itself. mask (B, N): True is
+        masked; None: random. Adds the keys to the bank."""
         cfg, loss, terms = self.cfg, 0, {}
-        mask_s = random_mask(len(view1), self.N, cfg.mask, view1.device)        # (B, N)
-        mask_w = random_mask(len(view2), self.N, cfg.mask_w, view2.device)      # (B, N)
-        visible_s = visible_first(mask_s)[:, :self.V_s]                         # (B, V)
-        visible_w = visible_first(mask_w)[:, :self.V_w]                         # (B, V)
-        z_s = self.encoder(view1, visible_s)                                    # (B, 1 + V, D)
-        z_w = self.encoder(view2, visible_w)                                    # (B, 1 + V, D)
+        if mask_s is None:
+            mask_s = random_mask(len(x_s), self.N, cfg.mask, x_s.device)   # "higher mask ratio"
+        if mask_w is None:
+            mask_w = random_mask(len(x_w), self.N, cfg.mask_w, x_w.device)   # "weaker …"
+        ids_s = visible_first(mask_s)[:, :self.V_s]                             # (B, V)
+        ids_w = visible_first(mask_w)[:, :self.V_w]                             # (B, V)
+        z_s = self.encoder(x_s, ids_s)                 # "siamese network", (B, 1 + V, D)
+        z_w = self.encoder(x_w, ids_w)                                          # (B, 1 + V, D)
 
-        if cfg.lam_c > 0:
+        if cfg.lam_c > 0:                   # "learned features from the encoder in both branches"
             q = self.g(self.encoder.vector(z_s))                                # (B, out)
             if cfg.keys == "shared":
                 k = self.g(self.encoder.vector(z_w))                            # (B, out)
             else:
                 with torch.no_grad():
-                    k = self.g_xi(self.f_xi.vector(self.f_xi(view2, visible_w)))
+                    k = self.g_xi(self.f_xi.vector(self.f_xi(x_w, ids_w)))      # (B, out)
             q, k = gather(q), gather(k)                                         # (world·B, out)
-            terms["contrast"] = info_nce_loss(q, k, self.bank, cfg.tau)
-            loss = loss + cfg.lam_c * terms["contrast"]
+            L_c = info_nce_loss(q, k, self.bank, cfg.tau)   # "contrastive learning objective"
             self.bank = torch.cat([self.bank, k.detach().float()])[len(k):]     # the last M keys
+            loss, terms["contrast"] = loss + cfg.lam_c * L_c, L_c
 
         if cfg.lam_r > 0:
-            y_s, y_w = self.decoder_s(z_s, visible_s), self.decoder_w(z_w, visible_w)
-            L_s = self.l1(y_s, view1 if target1 is None else target1, mask_s)
-            L_w = self.l1(y_w, view2 if target2 is None else target2, mask_w)
-            L_r = (L_s + L_w) / 2
+            y_s, y_w = self.decoder_s(z_s, ids_s), self.decoder_w(z_w, ids_w)   # (B, N, P) each
+            L_s = self.l1(y_s, x_s, c_s, mask_s)
+            L_w = self.l1(y_w, x_w, c_w, mask_w)
+            L_r = (L_s + L_w) / 2                           # "the decoders' outputs"
             terms |= {"reconstruction": L_r, "reconstruction s": L_s, "reconstruction w": L_w}
             loss = loss + cfg.lam_r * L_r
         return {"loss": loss, **terms}
 
-    def l1(self, y, target, mask):
-        """L1 loss of predicted patches (B, N, P) and target images (B, 3, H, W); mask (B, N)."""
+    def l1(self, y, x, c, mask):
+        """The L1 loss of predicted patches y (B, N, P) with mask (B, N). Their target is the clean
+        crop c, or the view x if c is None or with --restore view."""
+        target = x if c is None or self.cfg.restore == "view" else c            # (B, 3, H, W)
         target = patchify(target, self.cfg.patch)                               # (B, N, P)
         target = normalize_patches(target) if self.cfg.norm_pixels else target
         counted = mask if self.cfg.pixels == "masked" else torch.ones_like(mask)
@@ -216,17 +226,17 @@ class MACRL(nn.Module):
         With --norm-pixels each predicted patch gets the mean and deviation of x. Visible patches
         are shown as they are unless the loss counts them.
         """
-        p, patches = self.cfg.patch, patchify(x, self.cfg.patch)                # (B, N, P)
-        ratio, decoder = self.cfg.mask, self.decoder_s
-        if branch == "w":
-            ratio, decoder = self.cfg.mask_w, self.decoder_w
+        cfg, patches = self.cfg, patchify(x, self.cfg.patch)                    # (B, N, P)
+        ratio, V, decoder = {"s": (cfg.mask, self.V_s, self.decoder_s),
+                             "w": (cfg.mask_w, self.V_w, self.decoder_w)}[branch]
         mask = random_mask(len(x), self.N, ratio, x.device)                     # (B, N)
-        visible_ids = visible_first(mask)[:, :self.N - round(ratio * self.N)]   # (B, V)
+        visible_ids = visible_first(mask)[:, :V]                                # (B, V)
         y = decoder(self.encoder(x, visible_ids), visible_ids).float()          # (B, N, P)
-        y = denormalize_patches(y, patches) if self.cfg.norm_pixels else y
-        if self.cfg.pixels == "masked":
+        y = denormalize_patches(y, patches) if cfg.norm_pixels else y
+        if cfg.pixels == "masked":
             y = torch.where(mask[:, :, None], y, patches)
-        return unpatchify(patches.masked_fill(mask[:, :, None], 0), p), unpatchify(y, p)
+        masked = patches.masked_fill(mask[:, :, None], 0)
+        return unpatchify(masked, cfg.patch), unpatchify(y, cfg.patch)
 
 
 Model = MACRL
@@ -287,11 +297,9 @@ def train(cfg):
         for group in optimizer.param_groups:
             group["lr"] = cosine_lr(step, steps, warmup, cfg.lr * cfg.batch * world / 256)
 
-        clean = clean_views(batches[step], cfg)
-        view1, view2 = change_colours(clean, cfg)
-        targets = [normalize(c) for c in clean] if cfg.restore == "clean" else []
+        x_s, x_w, c_s, c_w = views(batches[step], cfg)
         with autocast(device, cfg.amp):
-            losses = net(view1, view2, *targets)
+            losses = net(x_s, x_w, c_s, c_w)
         losses["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -2,30 +2,31 @@
 Palaniswami, "Masked Contrastive Representation Learning", arXiv 2211.06012, 2022.
 
 Two views of an image go through a siamese network with an encoder and a decoder in each branch.
-Branch s has the higher mask ratio and the stronger augmentation, branch w the weaker ones. The
-encoder's features of the two branches are contrasted, and both decoders reconstruct.
+Branch s has the higher mask ratio and the stronger augmentation, branch w the weaker corruptions.
+The encoder's features of both branches are contrasted, and both decoders reconstruct.
 
 One training step on B images of N patches, V visible, D the width of a token, P values a patch:
-    x_s, c_s = strongly augmented crops, and the same before    # "stronger data augmentation"
-    x_w, c_w = weakly augmented crops, and the same before      # (B, 3, 32, 32), normalised
-    z_s = f(x_s, 25 % of the patches)     # "higher mask ratio"               (B, 1 + V, D)
-    z_w = f(x_w, 50 % of the patches)     # "weaker data corruptions"         (B, 1 + V, D)
-    q, k = g(mean of z_s), g(mean of z_w)    # "features from the encoder"    (B, 128)
-    L_c = InfoNCE(q, k)                   # "contrastive learning objective"  a scalar
-    y_s, y_w = d_s(z_s), d_w(z_w)         # "the decoders' outputs"           (B, N, P)
-    L_s, L_w = L1(y, c), masked patches   # "L_1 reconstruction loss"         two scalars
+    c_s, c_w = two crops, those of s smaller      # "stronger data augmentation"     (B, 3, 32, 32)
+    x_s, x_w = colours changed, more often in s   # the same; all four normalised    (B, 3, 32, 32)
+    z_s = f(25 % of the patches of x_s)           # "higher mask ratio"              (B, 1 + V, D)
+    z_w = f(50 % of the patches of x_w)           # "weaker data corruptions"        (B, 1 + V, D)
+    q, k = g(mean of z_s), g(mean of z_w)         # "features from the encoder"      (B, 128)
+    L_c = InfoNCE(q, k)                           # "contrastive learning objective" a scalar
+    y_s, y_w = d_s(z_s), d_w(z_w)                 # "the decoders' outputs"          (B, N, P)
+    L_s, L_w = L1(y, c), masked patches only      # "L_1 reconstruction loss"        two scalars
     step of AdamW on λ_c·L_c + λ_r·(L_s + L_w)/2
 
-The abstract has no formula and no number. Ours, and may change the result: --mask, --mask-w, the
-augmentations (--crop-min-s, --jitter-s, …), --restore, --pixels, --norm-pixels, --pool, the
-projector g, --lam-c, --lam-r, all sizes. A third party's summary of the paper names a memory bank:
---keys momentum --bank 4096. papers/macrl.md has every choice.
+The abstract has no formula and no number. These choices are ours and may change the result: how
+keys and negatives are made, mask ratios, augmentations, targets, the projector g, weights, sizes.
+A third party's summary of the paper names a memory bank: --keys momentum --bank 4096.
+papers/macrl.md has every choice.
 
-    python macrl.py                             our defaults, on CIFAR-10
-    python macrl.py --tiny --data shapes        a first look on a laptop
-    python eval_linear.py runs/macrl-DATE-TIME  accuracy; eval_finetune.py: fine-tuned
+    python macrl.py                              our defaults, on CIFAR-10
+    python macrl.py --tiny --data shapes         a first look on a laptop
+    python eval_linear.py runs/macrl-DATE-TIME   accuracy; eval_finetune.py: fine-tuned
 
-Not yet run on a GPU. Expect, with --tiny --images 5000 --epochs 1 on CIFAR-10 (JPEG): LOSS.
+Not yet run on a GPU. Expect, with --tiny --images 5000 --epochs 1 on CIFAR-10 (JPEG), whose command
+is in papers/macrl.md: loss 5.757 in step 0, mean loss 4.484 in steps 20 to 38, the last.
 """
 import copy
 import math
@@ -48,19 +49,19 @@ from common import (Batches, Run, RunConfig, autocast, load_data, load_encoder, 
 
 @dataclass
 class Config(RunConfig):
-    """Hyper-parameters, none of them from the abstract. Each is a command-line flag."""
+    """Hyper-parameters, each a command-line flag. The abstract gives none; "ours": chosen here."""
     mask: float = 0.75  # fraction of the patches masked in branch s; MAE's
     mask_w: float = 0.5  # fraction of the patches masked in branch w, at most --mask; ours
-    lam_c: float = 1.0  # λ_c, weight of the contrastive loss, 0: none; ours
-    lam_r: float = 1.0  # λ_r, weight of the reconstruction loss, 0: none; ours
+    lam_c: float = 1.0  # λ_c, weight of the contrastive loss, 0 leaves it out; ours
+    lam_r: float = 1.0  # λ_r, weight of the reconstruction loss, 0 leaves it out; ours
     tau: float = 0.2  # τ, temperature; MoCo v2's
-    keys: Literal["shared", "momentum"] = "shared"  # made by f and g, or by momentum averages
+    keys: Literal["shared", "momentum"] = "shared"  # made by f and g, or by their momentum averages
     momentum: float = 0.99  # of the averages, rising to 1; MoCo v3's
-    bank: int = 0  # keys of earlier steps that are further negatives, 0: none
-    pool: Literal["mean", "cls"] = "mean"  # features: mean of patch tokens, or class token; ours
-    restore: Literal["clean", "view"] = "clean"  # target: the crop, or the augmented view; ours
-    pixels: Literal["masked", "all"] = "masked"  # patches that the L1 loss counts; MAE's
-    norm_pixels: bool = False  # target: each patch normalised, as in MAE; ours
+    bank: int = 0  # number of keys of earlier steps that are further negatives
+    pool: Literal["mean", "cls"] = "mean"  # features: mean of patch tokens, class token; ours
+    restore: Literal["clean", "view"] = "clean"  # target: clean crop, augmented view; ours
+    pixels: Literal["masked", "all"] = "masked"  # patches that the L1 loss counts; masked as in MAE
+    norm_pixels: bool = False  # normalise target patches; MAE's better variant
     crop_min_s: float = 0.2  # smallest crop of branch s, fraction of the area; MoCo v2's
     crop_min_w: float = 0.5  # smallest crop of branch w; ours
     jitter_s: float = 0.8  # probability of colour jitter in branch s; MoCo v2's
@@ -118,10 +119,11 @@ TINY = Config(dim=192, depth=4, heads=3, hidden=384, out_dim=64, decoder_depth=2
 # is any number of rows.
 
 def views(images, cfg):
-    """Views x_s, x_w of branches s and w, and the clean crops c_s, c_w of which they are made.
+    """Views x_s, x_w of branches s and w, and the clean crops c_s, c_w that they are made of.
 
-    images: uint8 (B, 3, S, S) or a batch of Batches. Returns x_s, x_w, c_s and c_w, normalised,
-    (B, 3, img, img). Crops are flipped with probability 1/2; colours and blur change behind them.
+    images: uint8 (B, 3, S, S) or a batch of Batches. A clean crop is a random resized crop, flipped
+    with probability 1/2; its view has other colours and blur. Returns x_s, x_w, c_s and c_w,
+    normalised, (B, 3, img, img) each.
     """
     def crop(smallest):
         return random_hflip(random_resized_crop(images, cfg.img, (smallest, 1.0)))
@@ -169,15 +171,15 @@ class MACRL(nn.Module):
             self.f_xi = copy.deepcopy(self.encoder).requires_grad_(False)       # f_ξ, average of f
             self.g_xi = copy.deepcopy(self.g).requires_grad_(False)             # g_ξ, average of g
         self.register_buffer("bank", torch.randn(cfg.bank, cfg.out_dim))        # (M, out)
-        self.g.requires_grad_(cfg.lam_c > 0)                  # a loss of weight 0 trains nothing
+        self.g.requires_grad_(cfg.lam_c > 0)            # weight 0: no loss, nothing to train
         self.decoder_s.requires_grad_(cfg.lam_r > 0)
         self.decoder_w.requires_grad_(cfg.lam_r > 0)
 
     def forward(self, x_s, x_w, c_s=None, c_w=None, mask_s=None, mask_w=None):
         """Views x and clean crops c of both branches, normalised (B, 3, H, W) → {"loss",
-        "contrast": L_c, "reconstruction": L_r, "reconstruction s": L_s, "reconstruction w": L_w}
-        without the terms of weight 0. c None: the target is the view itself. mask (B, N): True is
-        masked; None: random. Adds the keys to the bank."""
+        "contrast": L_c, "reconstruction": L_r, "reconstruction s": L_s, "reconstruction w": L_w},
+        without terms of weight 0. c None: the view is the target. mask (B, N): True is masked;
+        None: random. Adds the keys to the bank."""
         cfg, loss, terms = self.cfg, 0, {}
         if mask_s is None:
             mask_s = random_mask(len(x_s), self.N, cfg.mask, x_s.device)   # "higher mask ratio"
@@ -198,7 +200,8 @@ class MACRL(nn.Module):
             q, k = gather(q), gather(k)                                         # (world·B, out)
             L_c = info_nce_loss(q, k, self.bank, cfg.tau)   # "contrastive learning objective"
             self.bank = torch.cat([self.bank, k.detach().float()])[len(k):]     # the last M keys
-            loss, terms["contrast"] = loss + cfg.lam_c * L_c, L_c
+            terms["contrast"] = L_c
+            loss = loss + cfg.lam_c * L_c
 
         if cfg.lam_r > 0:
             y_s, y_w = self.decoder_s(z_s, ids_s), self.decoder_w(z_w, ids_w)   # (B, N, P) each

@@ -61,7 +61,7 @@ class Config(RunConfig):
     pool: Literal["mean", "cls"] = "mean"  # features: mean of patch tokens, class token; ours
     restore: Literal["clean", "view"] = "clean"  # target: clean crop, augmented view; ours
     pixels: Literal["masked", "all"] = "masked"  # patches that the L1 loss counts; masked as in MAE
-    norm_pixels: bool = False  # normalise target patches; MAE's better variant
+    norm_pixels: bool = False  # normalise target patches, MAE's variant
     crop_min_s: float = 0.2  # smallest crop of branch s, fraction of the area; MoCo v2's
     crop_min_w: float = 0.5  # smallest crop of branch w; ours
     jitter_s: float = 0.8  # probability of colour jitter in branch s; MoCo v2's
@@ -82,7 +82,7 @@ class Config(RunConfig):
     decoder_heads: int = 6  # heads of the decoders; ours
     epochs: float = 300  # passes over the data; ours
     batch: int = 256  # images per step and process; ours
-    lr: float = 1e-3  # base learning rate, for a batch of 256; ours
+    lr: float = 1e-3  # learning rate for a batch of 256; scaled linearly, as MAE's; ours
     wd: float = 0.05  # weight decay; MAE's
     warmup: float = 40.0  # epochs of linear warm-up; MAE's
 
@@ -92,15 +92,17 @@ class Config(RunConfig):
         require(self.img % self.patch == 0, f"--patch {self.patch} must divide --img {self.img}")
         require(0 < round(self.mask * N) < N,
                 f"--mask {self.mask} must leave some of {N} patches masked and some visible")
-        require(self.mask_w <= self.mask, f"--mask-w {self.mask_w} must not exceed --mask")
+        require(self.mask_w <= self.mask,
+                f"--mask-w {self.mask_w} must be at most --mask {self.mask}")
         require(self.pixels == "all" or self.lam_r == 0 or round(self.mask_w * N) > 0,
                 f"--mask-w {self.mask_w} masks none of {N} patches: add --pixels all")
         require(self.dim % (4 * self.heads) == 0,
                 f"--dim {self.dim} must be a multiple of 4 times --heads {self.heads}")
-        require(self.decoder_heads > 0 and self.decoder_dim % (4 * self.decoder_heads) == 0,
-                f"--decoder-dim {self.decoder_dim} must be a multiple of 4 times --decoder-heads")
+        require(self.decoder_dim % (4 * self.decoder_heads) == 0, f"--decoder-dim "
+                f"{self.decoder_dim} must be a multiple of 4 times --decoder-heads")
         require(self.hidden > 0 and self.out_dim > 0, "--hidden and --out-dim must be positive")
-        require(self.warmup < self.epochs, f"--warmup {self.warmup} must be below --epochs")
+        require(self.warmup < self.epochs,
+                f"--warmup {self.warmup} must be below --epochs {self.epochs}")
         require(self.tau > 0, "--tau must be positive")
         require(self.lam_c + self.lam_r > 0, "--lam-c 0 and --lam-r 0 leave no loss")
         require(self.lam_c == 0 or self.batch > 1, "--batch 1 has no negatives; try --lam-c 0")
@@ -290,7 +292,7 @@ def train(cfg):
         load_encoder(model.encoder, cfg.init)
         if cfg.keys == "momentum":
             load_encoder(model.f_xi, cfg.init)
-    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    net = DistributedDataParallel(model) if world > 1 else model
     net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), betas=(0.9, 0.95), fused=True)
 
@@ -314,10 +316,10 @@ def train(cfg):
         run.log(step, losses)
         if run.epoch_done(step):                                  # or the last step, or Ctrl-C
             run.save(step)
-            if run.interrupted:
-                break
             run.evaluate(train_set, test_set)                     # kNN, effective rank
             run.draw(test_set or train_set)                       # curves, reconstruction
+        if run.interrupted:
+            break
     return run.finish()
 
 
@@ -478,6 +480,7 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, z, visible_ids):
+        """(B, 1 + V, D), (B, V) → (B, N, P)"""
         cls, tokens = self.embed(z).split([1, visible_ids.shape[1]], 1)
         N = self.pos_embed.shape[1] - 1
         x = self.mask_token.to(tokens.dtype).expand(len(z), N, -1)              # (B, N, width)

@@ -18,7 +18,7 @@ One training step on B images of N patches, V visible, D the width of a token, P
 
 The abstract has no formula and no number. These choices are ours and may change the result: how
 keys and negatives are made, mask ratios, augmentations, targets, the projector g, weights, sizes.
-A third party's summary of the paper names a memory bank: --keys momentum --bank 4096.
+A third party's summary names a projector and a memory bank: --keys momentum --bank 4096.
 papers/macrl.md has every choice.
 
     python macrl.py                              our defaults, on CIFAR-10
@@ -168,11 +168,11 @@ class MACRL(nn.Module):
             blocks = [Block(cfg.decoder_dim, cfg.decoder_heads) for _ in range(cfg.decoder_depth)]
             return Decoder(cfg.img, cfg.patch, cfg.dim, cfg.decoder_dim, blocks)
         self.decoder_s, self.decoder_w = decoder(), decoder()                   # d_s, d_w
-        self.g = mlp(cfg.dim, cfg.hidden, cfg.out_dim).apply(init_weights)      # projector
+        self.g = mlp(cfg.dim, cfg.hidden, cfg.out_dim).apply(init_weights)      # the summary's
         if cfg.keys == "momentum":
             self.f_xi = copy.deepcopy(self.encoder).requires_grad_(False)       # f_ξ, average of f
             self.g_xi = copy.deepcopy(self.g).requires_grad_(False)             # g_ξ, average of g
-        self.register_buffer("bank", torch.randn(cfg.bank, cfg.out_dim))        # (M, out)
+        self.register_buffer("bank", torch.randn(cfg.bank, cfg.out_dim))        # the summary's
         self.g.requires_grad_(cfg.lam_c > 0)            # weight 0: no loss, nothing to train
         self.decoder_s.requires_grad_(cfg.lam_r > 0)
         self.decoder_w.requires_grad_(cfg.lam_r > 0)
@@ -207,12 +207,12 @@ class MACRL(nn.Module):
 
         if cfg.lam_r > 0:
             y_s, y_w = self.decoder_s(z_s, ids_s), self.decoder_w(z_w, ids_w)   # (B, N, P) each
-            L_s = self.l1(y_s, x_s, c_s, mask_s)
+            L_s = self.l1(y_s, x_s, c_s, mask_s)            # "L_1 reconstruction loss"
             L_w = self.l1(y_w, x_w, c_w, mask_w)
             L_r = (L_s + L_w) / 2                           # "the decoders' outputs"
             terms |= {"reconstruction": L_r, "reconstruction s": L_s, "reconstruction w": L_w}
             loss = loss + cfg.lam_r * L_r
-        return {"loss": loss, **terms}
+        return {"loss": loss, **terms}      # "leverages the effectiveness of both"
 
     def l1(self, y, x, c, mask):
         """The L1 loss of predicted patches y (B, N, P) with mask (B, N). Their target is the clean

@@ -51,7 +51,7 @@ class Config(RunConfig):
     lam: float = 1.0  # λ, weight of L₁, Table 5's best; 0 leaves L₁ out
     tau: float = 0.2  # τ, temperature; MoCo v3's, the paper gives none
     contrast: Literal["dcl", "infonce", "none"] = "dcl"  # L₂: Eq. 9, Eq. 7, or no branch 2
-    l1: Literal["pre", "rec"] = "pre"  # L₁ over masked patches (Table 4's "prediction") or all
+    pixels: Literal["masked", "all"] = "masked"  # L₁: Table 4's "prediction" or "reconstruction"
     norm_pixels: bool = True  # §2.5's "normalized pixels": each patch normalised, as in MAE
     pool: Literal["all", "visible"] = "all"  # tokens whose mean is z1: all, or the visible ones
     target: Literal["shared", "momentum"] = "shared"  # branch 2: branch 1 itself, or its average
@@ -193,9 +193,9 @@ class MCLim(nn.Module):
             y = unpatchify(Z1, s)                                         # Eq. 4, (B, 3, H, W)
             x = patchify(view1, s)                                              # (B, N, P)
             x = normalize_patches(x) if cfg.norm_pixels else x                  # §2.5
-            counted = masked if cfg.l1 == "pre" else torch.ones_like(masked)    # Table 4
+            counted = masked if cfg.pixels == "masked" else torch.ones_like(masked)
             L1 = reconstruction_loss(patchify(y, s), x, counted)                # Eq. 6
-            losses["reconstruction"] = L1
+            losses["reconstruction"] = L1  # Table 4's "prediction loss" unless --pixels all
         if cfg.contrast != "none":
             tokens2 = self.F2(view2)                                            # Eq. 2, (B, N, D)
             Z2 = self.T2(tokens2)                                               # Eq. 5, (B, N, P)
@@ -218,7 +218,8 @@ class MCLim(nn.Module):
         masked = repeat_blocks(mask, self.cfg.img // s)[:, :, None]             # (B, N, 1)
         y = self.T1(self.encoder(x, mask, self.mask_token)).float()             # (B, N, P)
         y = denormalize_patches(y, patches) if self.cfg.norm_pixels else y
-        y = torch.where(masked, y, patches) if self.cfg.l1 == "pre" else y
+        if self.cfg.pixels == "masked":
+            y = torch.where(masked, y, patches)
         return unpatchify(patches.masked_fill(masked, 0), s), unpatchify(y, s)
 
 

@@ -4,7 +4,8 @@ doi:10.25236/AJCIS.2024.070513.
 
 One branch sees a view with most patches masked and reconstructs it; the other branch sees another
 view, unmasked. One projection T serves both tasks: its outputs, rearranged, are the reconstructed
-pixels, and their mean over the tokens is contrasted, without the positive pair in the denominator.
+pixels, and their mean over the tokens is contrasted by DCL (decoupled contrastive learning, Yeh et
+al., arXiv 2110.06848): InfoNCE without the positive pair in the denominator.
 
 One training step on B images of N patches, D the width of a token, P the values of a patch:
     view1, view2 = crop(images), colour(crop(images))             # §2.1      (B, 3, 224, 224)
@@ -12,15 +13,16 @@ One training step on B images of N patches, D the width of a token, P the values
     tokens1 = F1(view1, a learnable vector in masked patches)     # Eq. 1     (B, N, D)
     Z1 = T1(tokens1)                                              # Eq. 3     (B, N, P)
     L1 = MSE(PixelShuffle(Z1), view1), masked patches only        # Eq. 4, 6  a scalar
-    Z2 = T2(F2(view2)), F2 = F1 and T2 = T1                       # Eq. 2, 5  (B, N, P)
+    Z2 = T2(F2(view2)), no gradient                               # Eq. 2, 5  (B, N, P)
     L2 = DCL(Z1.mean(1), Z2.mean(1))                              # Eq. 8, 9  a scalar
-    step of AdamW on λ·L1 + L2                                    # Eq. 10
+    step of AdamW on λ·L1 + L2; F2, T2 = average of F1, T1        # Eq. 10    --target momentum
 
-The paper leaves open, and may change the result: --target, --lr, --tau, --norm-pixels, --pool.
-papers/mclim.md has every choice, symbol and misprint.
+The paper leaves open, and may change the result: --target, whose default is inferred from "with
+λ = 0 MCLim degenerates to MoCo v3"; --lr, --tau, --norm-pixels, --lam (Eq. 6 as a mean or a sum),
+--pool; and whether "accuracy" is fine-tuned, as is likely. papers/mclim.md has every choice.
 
-    python mclim.py --epochs 100 --batch 16      the paper's run on CIFAR-10 (not yet run on a GPU)
-    python mclim.py --tiny --data shapes         a first look on a laptop
+    python mclim.py --epochs 100 --batch 16         the paper's run; not yet run on a GPU
+    python mclim.py --tiny --data shapes            a first look on a laptop
     python eval_finetune.py runs/mclim-DATE-TIME    accuracy
 
 Expect, with --tiny on CIFAR-10 (JPEG) after one epoch: loss 3.519.
@@ -54,7 +56,7 @@ class Config(RunConfig):
     pixels: Literal["masked", "all"] = "masked"  # L₁: Table 4's "prediction" or "reconstruction"
     norm_pixels: bool = True  # §2.5's "normalized pixels": each patch normalised, as in MAE
     pool: Literal["all", "visible"] = "all"  # tokens whose mean is z1: all, or the visible ones
-    target: Literal["shared", "momentum"] = "shared"  # branch 2: branch 1 itself, or its average
+    target: Literal["momentum", "shared", "separate"] = "momentum"  # F₂: F₁'s average, F₁, its own
     momentum: float = 0.99  # of --target momentum, rising to 1; MoCo v3's
     crop_min: float = 0.65  # smallest crop, fraction of the area, §2.1
     crop_max: float = 0.9  # largest crop, fraction of the area, §2.1
@@ -148,11 +150,13 @@ class MCLim(nn.Module):
         self.mask_token.requires_grad_(cfg.mask > 0)  # unused if nothing is masked
         self.T1 = self.make_head()
         if cfg.contrast != "none":
-            if cfg.target == "shared":
-                self.F2, self.T2 = self.encoder, self.T1
-            else:
+            if cfg.target == "momentum":
                 self.F2 = copy.deepcopy(self.encoder).requires_grad_(False)
                 self.T2 = copy.deepcopy(self.T1).requires_grad_(False)
+            elif cfg.target == "shared":
+                self.F2, self.T2 = self.encoder, self.T1
+            else:
+                self.F2, self.T2 = self.make_encoder(), self.make_head()
 
     def make_encoder(self):
         """An encoder of Table 1 with a frozen patch embedding, §2.3."""

@@ -56,7 +56,7 @@ class Config(RunConfig):
     pixels: Literal["masked", "all"] = "masked"  # L₁: Table 4's "prediction" or "reconstruction"
     norm_pixels: bool = True  # §2.5's "normalized pixels": each patch normalised, as in MAE
     pool: Literal["all", "visible"] = "all"  # tokens whose mean is z1: all, or the visible ones
-    target: Literal["momentum", "shared", "separate"] = "momentum"  # F₂: F₁'s average, F₁, its own
+    target: Literal["momentum", "shared", "separate"] = "momentum"  # F₂: average of F₁, F₁, or trained
     momentum: float = 0.99  # of --target momentum, rising to 1; MoCo v3's
     crop_min: float = 0.65  # smallest crop, fraction of the area, §2.1
     crop_max: float = 0.9  # largest crop, fraction of the area, §2.1
@@ -138,7 +138,7 @@ def repeat_blocks(mask, grid):
 
 
 class MCLim(nn.Module):
-    """Both branches, §2 and Figure 1: F₁ is `encoder`, the part that is kept, F₂ is `F2`."""
+    """Both branches, §2: F₁ is `encoder`, the part that is kept, and F₂ is `F2`."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -345,7 +345,7 @@ def gather(z):
 
 
 def mean_where(x, chosen):
-    """Mean of the tokens (B, N, P) where chosen (B, N) is True: float32 (B, P)."""
+    """Mean of the tokens x (B, N, P) where chosen (B, N) is True: float32 (B, P)."""
     return (x.float() * chosen[:, :, None]).sum(1) / chosen.sum(1, keepdim=True)
 
 
@@ -487,7 +487,13 @@ class SwinEncoder(nn.Module):
             x = torch.where(masked[..., None], mask_token, x)                   # §2.2
         return self.norm(self.stages(x)).flatten(1, 2)
 
-    tokens, features = Encoder.tokens, Encoder.features
+    def tokens(self, x):
+        """Tokens of whole images, (B, 3, H, W) → (B, N, D)."""
+        return self(x)
+
+    def features(self, x):
+        """One vector for each whole image, (B, 3, H, W) → (B, D)."""
+        return self(x).float().mean(1)
 
 
 class RelativeAttention(nn.Module):
@@ -580,7 +586,13 @@ class HiViTEncoder(nn.Module):
             x = block(x)
         return self.norm(x)
 
-    tokens, features = Encoder.tokens, Encoder.features
+    def tokens(self, x):
+        """Tokens of whole images, (B, 3, H, W) → (B, N, D)."""
+        return self(x)
+
+    def features(self, x):
+        """One vector for each whole image, (B, 3, H, W) → (B, D)."""
+        return self(x).float().mean(1)
 
 
 def main(argv=None):

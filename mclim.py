@@ -12,7 +12,7 @@ One training step on B images of N patches, D the width of a token, P the values
     mask = 60 % of the patches, at random                         # §2.2      (B, N)
     tokens1 = F1(view1, a learnable vector in masked patches)     # Eq. 1     (B, N, D)
     Z1 = T1(tokens1)                                              # Eq. 3     (B, N, P)
-    L1 = MSE(PixelShuffle(Z1), view1), masked patches only        # Eq. 4, 6  a scalar
+    L1 = MSE(PixelShuffle(Z1), view1 with each patch normalised)  # Eq. 4, 6  of masked patches
     Z2 = T2(F2(view2)), no gradient                               # Eq. 2, 5  (B, N, P)
     L2 = DCL(Z1.mean(1), Z2.mean(1))                              # Eq. 8, 9  a scalar
     step of AdamW on λ·L1 + L2; F2, T2 = average of F1, T1        # Eq. 10    --target momentum
@@ -56,7 +56,7 @@ class Config(RunConfig):
     pixels: Literal["masked", "all"] = "masked"  # L₁: Table 4's "prediction" or "reconstruction"
     norm_pixels: bool = True  # §2.5's "normalized pixels": each patch normalised, as in MAE
     pool: Literal["all", "visible"] = "all"  # tokens whose mean is z1: all, or the visible ones
-    target: Literal["momentum", "shared", "separate"] = "momentum"  # F₂: average of F₁, F₁, or trained
+    target: Literal["momentum", "shared", "separate"] = "momentum"  # how branch 2 gets its weights
     momentum: float = 0.99  # of --target momentum, rising to 1; MoCo v3's
     crop_min: float = 0.65  # smallest crop, fraction of the area, §2.1
     crop_max: float = 0.9  # largest crop, fraction of the area, §2.1

@@ -1,34 +1,35 @@
-"""MCLim: Feng Xin and Li Xinwei, "The contrastive learning algorithm based on masked image modeling", Academic Journal
-of Computing & Information Science 7(5), 2024, doi:10.25236/AJCIS.2024.070513.
+"""MCLim: Feng Xin and Li Xinwei, "The contrastive learning algorithm based on masked image
+modeling", Academic Journal of Computing & Information Science 7(5), 2024,
+doi:10.25236/AJCIS.2024.070513.
 
-One branch sees a view of an image with most patches masked and reconstructs it; a second branch, with the same weights
-(a choice made here), sees another view, unmasked. One projection T serves both tasks: its outputs, rearranged, are the
-reconstructed pixels, and their mean over the tokens (also a choice) is contrasted. The contrastive loss leaves the
-positive pair out of its denominator (DCL), so that it depends less on large batches.
+One branch sees a view with most patches masked and reconstructs it; the other branch sees another
+view, unmasked. One projection T serves both tasks: its outputs, rearranged, are the reconstructed
+pixels, and their mean over the tokens is contrasted by DCL (decoupled contrastive learning, Yeh et
+al., arXiv 2110.06848): InfoNCE without the positive pair in the denominator.
 
-One training step on B images of N patches, D the width of a token, P the number of pixel values that a token restores:
-    view1, view2 = crop(images), augment_colour(crop(images))     # §2.1      (B, 3, 224, 224)
-    mask = 60 % of the patches, drawn at random                   # §2.2      (B, N)
-    tokens1 = F1(view1, its masked patches replaced by a vector)  # Eq. 1     (B, N, D)
+One training step on B images of N patches, D the width of a token, P the values of a patch:
+    view1, view2 = crop(images), colour(crop(images))             # §2.1      (B, 3, 224, 224)
+    mask = 60 % of the patches, at random                         # §2.2      (B, N)
+    tokens1 = F1(view1, a learnable vector in masked patches)     # Eq. 1     (B, N, D)
     Z1 = T1(tokens1)                                              # Eq. 3     (B, N, P)
-    L1 = MSE(PixelShuffle(Z1), view1 with each patch normalised)  # Eq. 4, 6  a number, of the masked patches
-    Z2 = T2(F2(view2)), where F2 = F1 and T2 = T1                 # Eq. 2, 5  (B, N, P); it has a gradient, too
-    L2 = DCL(Z1.mean(1), Z2.mean(1))                              # Eq. 8, 9  a number, of vectors (B, P)
-    step of AdamW on λ·L1 + L2 for F1, T1 and the vector          # Eq. 10    F1's patch embedding is frozen, §2.3
+    L1 = MSE(PixelShuffle(Z1), view1 with each patch normalised)  # Eq. 4, 6  of masked patches
+    Z2 = T2(F2(view2)), no gradient                               # Eq. 2, 5  (B, N, P)
+    L2 = DCL(Z1.mean(1), Z2.mean(1))                              # Eq. 8, 9  a scalar
+    step of AdamW on λ·L1 + L2; F2, T2 = average of F1, T1        # Eq. 10    --target momentum
 
-What the paper does not say, and what may change the result: whether branch 2 is branch 1 itself (our small runs chose
-this) or, as in MoCo v3, an average of its weights over time (--target momentum, how slow: --momentum); the base rate
-(--lr; nearly seven times MAE's); the temperature (--tau); what "normalized pixels" are (--norm-pixels); which tokens
-make z1 (--pool); whether Eq. 6 averages over a patch's P values, as here, or sums them (--lam 768 for the ViT); and
-whether "accuracy" is that of a fine-tuned network (probably) or of a linear probe.
+The paper leaves open, and may change the result: --target, whose default is inferred from "with
+λ = 0 MCLim degenerates to MoCo v3"; --lr, --tau, --norm-pixels, --lam (Eq. 6 as a mean or a sum),
+--pool; and whether "accuracy" is fine-tuned, as is likely. papers/mclim.md has every choice.
 
-    python mclim.py --epochs 100 --batch 16                  the paper's experiment, for a GPU
-    python mclim.py --tiny --data shapes                     a first look on a laptop
-    python eval_finetune.py runs/mclim-DATE-TIME             accuracy, fine-tuned; then eval_linear.py, show.py
-Measured: --tiny, CIFAR-10 (JPEG), steps 381 to 390 (epoch 1): loss 3.519, reconstruction 0.848, contrast 2.671.
-Every other choice, symbol and misprint, and the paper's tables: papers/mclim.md.
+    python mclim.py --epochs 100 --batch 16         the paper's run; not yet run on a GPU
+    python mclim.py --tiny --data shapes            a first look on a laptop
+    python eval_finetune.py runs/mclim-DATE-TIME    accuracy
+
+Expect, with --tiny --images 5000 --epochs 1 on CIFAR-10 (JPEG), in the last row: loss 5.931.
 """
-import copy, math, sys
+import copy
+import math
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
@@ -40,101 +41,84 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.swin_transformer import SwinTransformer
 
-from common import (Batches, Run, autocast, check, check_above, check_config, check_least, check_share, color_jitter,
-                    cosine_lr, gaussian_blur, init_encoders, launch, load_data, normalize, param_groups,
-                    random_grayscale, random_resized_crop, recompute, schedule, seed_step, start_processes)
+from augment import color_jitter, gaussian_blur, normalize, random_grayscale, random_resized_crop
+from common import (Batches, Run, RunConfig, autocast, load_data, load_encoder, require,
+                    run_program, seed_step, start_processes)
 
 
 @dataclass
-class Config:
-    """Every setting, each a flag of the command line. Raises UserError for a value out of range."""
-    # method
-    mask: float = 0.6  # share of the blocks that is masked, §3.2
-    lam: float = 1.0  # λ, weight of L₁, Table 5's "prediction loss weight"; 0 leaves it out
-    tau: float = 0.2  # τ, temperature; the paper gives no value, this is MoCo v3's
+class Config(RunConfig):
+    """Hyper-parameters of the paper. Each is a command-line flag."""
+    mask: float = 0.6  # fraction of the mask blocks that is masked, §3.2
+    lam: float = 1.0  # λ, weight of L₁, Table 5's best; 0 leaves L₁ out
+    tau: float = 0.2  # τ, temperature; MoCo v3's, the paper gives none
     contrast: Literal["dcl", "infonce", "none"] = "dcl"  # L₂: Eq. 9, Eq. 7, or no branch 2
-    l1: Literal["pre", "rec"] = "pre"  # L₁ over masked patches (Table 4's "prediction") or all ("reconstruction")
-    norm_pixels: bool = True  # "normalized pixels", §2.5: each patch at mean 0, deviation 1; no: view 1 as it is
-    pool: Literal["all", "visible"] = "all"  # z1 is the mean over all tokens, or over visible ones alone
-    target: Literal["shared", "momentum"] = "shared"  # branch 2 is branch 1 itself, or MoCo v3's average of its weights
-    momentum: float = 0.99  # of --target momentum, rising to 1 by a cosine; MoCo v3's
-    crop_min: float = 0.65  # smallest crop, share of the area, §2.1
-    crop_max: float = 0.9  # largest crop, share of the area, §2.1
+    pixels: Literal["masked", "all"] = "masked"  # L₁: Table 4's "prediction" or "reconstruction"
+    norm_pixels: bool = True  # §2.5's "normalized pixels": each patch normalised, as in MAE
+    pool: Literal["all", "visible"] = "all"  # tokens whose mean is z1: all, or the visible ones
+    target: Literal["momentum", "shared", "separate"] = "momentum"  # how branch 2 gets its weights
+    momentum: float = 0.99  # of --target momentum, rising to 1; MoCo v3's
+    crop_min: float = 0.65  # smallest crop, fraction of the area, §2.1
+    crop_max: float = 0.9  # largest crop, fraction of the area, §2.1
     jitter: float = 0.8  # probability of colour jitter in view 2, Table 2
     gray: float = 0.2  # probability of greyscale in view 2, Table 2
-    blur: float = 0.0  # probability of blur in view 2; 0.8 is Table 2's last row
-    # model
+    blur: float = 0.0  # probability of blur in view 2; 0.8 in Table 2's last row
     backbone: Literal["vit", "swin", "hivit"] = "vit"  # encoder, Table 1
-    img: int = 224  # side of the views in pixels; a choice made here, for CIFAR-10's own 32 is one mask block of §3.2
+    img: int = 224  # side of the views in pixels; ViT's
     patch: int = 16  # side of a patch in pixels, from Table 1's 43.12 M
-    dim: int = 768  # width D of the ViT, from Table 1's 43.12 M; Swin begins dim/6 wide, HiViT ends 2/3 dim wide
-    depth: int = 6  # blocks of the ViT, Table 1; of Swin's third stage; HiViT's third stage has 4 more
-    heads: int = 12  # heads K of the ViT: ViT-Base's (Swin has 32 channels a head, HiViT 64)
+    dim: int = 768  # width D of the ViT, Table 1; Swin begins dim/6 wide, HiViT ends 2/3·dim wide
+    depth: int = 6  # blocks of the ViT, Table 1; of Swin's third stage; HiViT's has 4 more
+    heads: int = 12  # heads K of the ViT; ViT-Base's
     freeze_patch: bool = True  # the patch embedding keeps its initial weights, §2.3
     head: Literal["linear", "mlp", "vit"] = "mlp"  # projection layer T, Table 3
-    hidden: float = 4.0  # hidden width of T's MLP, a multiple of D; 4 as in a transformer block
-    # optimisation
-    epochs: int = 100  # passes over the data, §3.2
-    batch: int = 16  # images per step and per process, §3.2
+    hidden: float = 4.0  # hidden width of T's MLP, a multiple of D; a transformer block's
+    epochs: float = 100  # passes over the data, §3.2
+    batch: int = 16  # images per step and process, §3.2
     lr: float = 1e-3  # base learning rate, for a batch of 256; the paper gives none
     wd: float = 0.05  # weight decay; MAE's
     warmup: float = 10.0  # epochs of linear warm-up; SimMIM's
-    steps: int = 0  # length of training and schedule in steps; 0: as --epochs says
-    # run
-    data: str = "cifar10"  # cifar10, cifar100, stl10, tiny-imagenet, shapes, or a folder; §3.1
-    images: int = 0  # train on only so many images, the same ones in every run; 0 for all
-    store: int = 0  # side in pixels at which images are kept, squeezed to squares; 0 for 8/7 of --img
-    root: str = "data"  # where data sets are downloaded to and decoded
-    out: str = ""  # folder of the run, new or empty (default: runs/mclim-DATE-TIME)
-    init: str = ""  # begin with the weights of this encoder: a run, its encoder.pt, or a state dict of timm's
-    resume: str = ""  # folder of a run to go on with
-    seed: int = 0  # of all random numbers
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute
-    amp: bool = True  # bfloat16 autocast where the device is fast in it
-    compile: bool = False  # torch.compile the model
-    recompute: bool = False  # compute the encoder's blocks a second time in backward: less memory, more time
-    workers: int = 0  # threads that decode a folder; 0: one per core
-    log_every: int = 20  # steps between rows of metrics.csv
-    knn_every: int = 10  # epochs between kNN checks, 0 for none
-    tiny: bool = False  # a size for a laptop
 
     def __post_init__(self):
-        check_config(self)
-        block = self.patch if self.backbone == "vit" else 2 * self.patch  # side of a mask block, §3.2
-        check(self.img % block == 0, "--img", self.img, f"must be a multiple of the mask block, {block}")
-        check_least(self, 0, "lam")
-        blocks = (self.img // block) ** 2
-        some = 0 < self.mask < 1 and 0 < round(self.mask * blocks) < blocks
-        check(some or self.mask == self.lam == 0, "--mask", self.mask,
-              f"must lie between 0 and 1 and leave some of {blocks} blocks masked and some visible (0 with --lam 0)")
-        check(self.contrast == "none" or self.batch >= 2, "--batch", self.batch,
-              "must be at least 2, or there are no negatives")
-        check(self.contrast != "none" or self.lam > 0, "--lam", self.lam, "and --contrast none leave nothing to learn")
-        check_share(self, "jitter gray blur momentum")
-        check_above(self, 0, "tau hidden")
-        check(0 < self.crop_min <= self.crop_max <= 1, "--crop-min", self.crop_min,
-              f"must lie between 0 and --crop-max {self.crop_max}, which is at most 1")
-        if self.backbone != "vit":
-            check(self.dim % 192 == 0, "--dim", self.dim, f"must be a multiple of 192 for --backbone {self.backbone}")
-            check(self.patch % 4 == 0, "--patch", self.patch, f"must be a multiple of 4 for --backbone {self.backbone}")
+        super().__post_init__()
+        block = self.patch if self.backbone == "vit" else 2 * self.patch
+        require(self.img % block == 0,
+                f"--img {self.img} must be a multiple of the mask block, {block} pixels")
+        N_b = (self.img // block) ** 2
+        require(0 < round(self.mask * N_b) < N_b or self.mask == self.lam == 0, f"--mask "
+                f"{self.mask} must leave some of {N_b} blocks masked and some visible")
+        require(self.contrast == "none" or self.batch > 1,
+                "--batch 1 has no negatives; try --contrast none")
+        require(self.contrast != "none" or self.lam > 0, "--contrast none needs --lam above 0")
+        require(self.tau > 0 and self.hidden > 0, "--tau and --hidden must be positive")
+        require(self.momentum <= 1, "--momentum must be at most 1")
+        require(0 < self.crop_min <= self.crop_max <= 1,
+                "--crop-min must be above 0 and at most --crop-max, which is at most 1")
+        require(self.warmup < self.epochs, f"--warmup {self.warmup} must be below --epochs")
+        if self.backbone == "vit":
+            require(self.dim % (4 * self.heads) == 0,
+                    f"--dim {self.dim} must be a multiple of 4 times --heads {self.heads}")
+        else:
+            require(self.dim % 192 == 0 and self.patch % 4 == 0, f"--backbone {self.backbone} "
+                    "needs --dim a multiple of 192 and --patch a multiple of 4")
 
 
-TINY = Config(img=32, patch=4, dim=192, depth=4, heads=3, epochs=8, batch=128, warmup=1.0, knn_every=1, tiny=True)
+TINY = Config(img=32, patch=4, dim=192, depth=4, heads=3, epochs=8, batch=128, warmup=1.0,
+              eval_every=1, tiny=True)
 
 
-# The paper, §2. B images; N tokens; s×s pixels, a patch, that a token stands for and reconstructs (s = cfg.patch;
-# twice that in Swin); D width of a token; P = 3·s·s values of a patch; N_b blocks of the mask (a block is one patch in
-# the ViT and in Swin, four in HiViT); (world·B) are the images of all processes.
+# The paper, §2. B: images. N: tokens of an image. s: side in pixels of what a token stands for,
+# patch, or 2·patch in Swin. P = 3·s·s: values of a token's pixels. N_b: mask blocks; a block is
+# one token, in HiViT four. H = W = img.
 
-def views(images, cfg, aspect=None):
-    """Two crops of each image, the second with its colours changed. §2.1
+def views(images, cfg):
+    """Two crops of each image, the second with changed colours. §2.1
 
-    images (B, 3, S, S), uint8 or 0…1; aspect (B,): their width over height before they were squeezed to squares, 1 if
-    None. Returns view1 and view2, normalised, (B, 3, img, img).
+    images: uint8 (B, 3, S, S) or a batch of Batches. Returns view1 and view2, normalised,
+    (B, 3, img, img).
     """
     scale = cfg.crop_min, cfg.crop_max
-    view1 = random_resized_crop(images, cfg.img, scale, aspect=aspect)
-    view2 = random_resized_crop(images, cfg.img, scale, aspect=aspect)
+    view1 = random_resized_crop(images, cfg.img, scale)
+    view2 = random_resized_crop(images, cfg.img, scale)
     view2 = color_jitter(view2, p=cfg.jitter)
     view2 = random_grayscale(view2, cfg.gray)
     view2 = gaussian_blur(view2, cfg.blur)
@@ -142,200 +126,236 @@ def views(images, cfg, aspect=None):
 
 
 def random_mask(B, N, ratio, device=None):
-    """Which of N places are masked: bool (B, N), 1 = masked; equally many in each row, every place as likely."""
-    order = torch.rand(B, N, device=device).argsort(1)  # a permutation of 0 … N - 1 in each row
-    return order < round(ratio * N)  # true at exactly round(ratio·N) places of each row
+    """Which of N patches are masked: bool (B, N), round(ratio·N) of them in each row."""
+    return torch.rand(B, N, device=device).argsort(1) < round(ratio * N)
 
 
 def repeat_blocks(mask, grid):
-    """The mask of blocks (B, N_b) as a mask of the image's grid×grid patches, (B, grid·grid): a patch is masked where
-    its block is. §2.2"""
+    """The mask of blocks (B, N_b) as a mask of grid×grid patches, (B, grid·grid). §2.2"""
     side = math.isqrt(mask.shape[1])
     mask = mask.unflatten(1, (side, side))
     return mask.repeat_interleave(grid // side, 1).repeat_interleave(grid // side, 2).flatten(1)
 
 
 class MCLim(nn.Module):
-    """Both branches, §2: `encoder` (except its patch embedding), `T1` and `mask_token` are trained; `F2` and `T2`,
-    branch 2's, are `encoder` and `T1` themselves, or with --target momentum averages of these."""
+    """Both branches, §2: F₁ is `encoder`, the part that is kept, and F₂ is `F2`."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.encoder = (Encoder(cfg) if cfg.backbone == "vit" else  # F₁ of the paper, the part that is kept
-                        SwinEncoder(cfg) if cfg.backbone == "swin" else HiViTEncoder(cfg))
-        self.encoder.patch_embed.requires_grad_(not cfg.freeze_patch)  # §2.3
-        block = cfg.patch if cfg.backbone == "vit" else 2 * cfg.patch  # side of a mask block, §3.2
+        block = cfg.patch if cfg.backbone == "vit" else 2 * cfg.patch           # §3.2
         self.N_b = (cfg.img // block) ** 2
-        self.mask_token = nn.Parameter(torch.zeros(self.encoder.embed_dim))  # p^u
-        nn.init.normal_(self.mask_token, std=0.02)  # MAE's
+        self.encoder = self.make_encoder()
+        self.mask_token = nn.Parameter(torch.zeros(self.encoder.embed_dim))     # p of Eq. 1
+        nn.init.normal_(self.mask_token, std=0.02)
         self.mask_token.requires_grad_(cfg.mask > 0)  # unused if nothing is masked
-        D, P = self.encoder.dim, 3 * self.encoder.stride ** 2
-        if cfg.head == "linear":  # Table 3
-            self.T1 = nn.Linear(D, P)
-        elif cfg.head == "mlp":
-            self.T1 = mlp(D, round(cfg.hidden * D), P)
-        else:
-            heads = cfg.heads if cfg.backbone == "vit" else D // 64  # 64 channels a head, as ViT-Base has
-            self.T1 = nn.Sequential(Block(D, heads), nn.Linear(D, P))
-        self.T1.apply(init_weights)
+        self.T1 = self.make_head()
         if cfg.contrast != "none":
-            shared = cfg.target == "shared"
-            self.F2 = self.encoder if shared else copy.deepcopy(self.encoder).requires_grad_(False)
-            self.T2 = self.T1 if shared else copy.deepcopy(self.T1).requires_grad_(False)
+            if cfg.target == "momentum":
+                self.F2 = copy.deepcopy(self.encoder).requires_grad_(False)
+                self.T2 = copy.deepcopy(self.T1).requires_grad_(False)
+            elif cfg.target == "shared":
+                self.F2, self.T2 = self.encoder, self.T1
+            else:
+                self.F2, self.T2 = self.make_encoder(), self.make_head()
 
-    def forward(self, view1, view2):
-        """Normalised views (B, 3, H, W) → {"loss": Eq. 10, "reconstruction": Eq. 6, "contrast": Eq. 9 or 7}, without
-        what λ = 0 or --contrast none leaves out."""
-        cfg, s = self.cfg, self.encoder.stride  # a token stands for s×s pixels (not the paper's superscript s)
-        losses, L1, L2 = {}, 0, 0  # what is left out stays 0
-        block_mask = random_mask(len(view1), self.N_b, cfg.mask, view1.device)  # §2.2, (B, N_b)
-        patch_mask = repeat_blocks(block_mask, view1.shape[2] // s)  # (B, N)
-        tokens1 = self.encoder(view1, block_mask, self.mask_token)  # Eq. 1, (B, N, D)
-        Z1 = self.T1(tokens1)  # Eq. 3, (B, N, P)
+    def make_encoder(self):
+        """An encoder of Table 1 with a frozen patch embedding, §2.3."""
+        cfg = self.cfg
+        if cfg.backbone == "vit":
+            encoder = Encoder(cfg.img, cfg.patch, cfg.dim, cfg.depth, cfg.heads)
+        elif cfg.backbone == "swin":
+            encoder = SwinEncoder(cfg.img, cfg.patch, cfg.dim // 6, cfg.depth)
+        else:
+            encoder = HiViTEncoder(cfg.img, cfg.patch, 2 * cfg.dim // 3, cfg.depth + 4)
+        encoder.patch_embed.requires_grad_(not cfg.freeze_patch)
+        return encoder
+
+    def make_head(self):
+        """A projection layer of Table 3, (B, N, D) → (B, N, P)."""
+        cfg, D, P = self.cfg, self.encoder.dim, 3 * self.encoder.stride ** 2
+        if cfg.head == "linear":
+            head = nn.Linear(D, P)
+        elif cfg.head == "mlp":
+            head = mlp(D, round(cfg.hidden * D), P)
+        else:
+            heads = cfg.heads if cfg.backbone == "vit" else D // 64
+            head = nn.Sequential(Block(D, heads), nn.Linear(D, P))
+        return head.apply(init_weights)
+
+    def forward(self, view1, view2, mask=None):
+        """Normalised views (B, 3, H, W) → {"loss": Eq. 10, "reconstruction": Eq. 6, "contrast":
+        Eq. 9 or 7}, without the terms that λ = 0 or --contrast none leaves out. mask (B, N_b):
+        True is masked; None: random."""
+        cfg, s = self.cfg, self.encoder.stride
+        losses, L1, L2 = {}, 0, 0
+        if mask is None:
+            mask = random_mask(len(view1), self.N_b, cfg.mask, view1.device)    # §2.2, (B, N_b)
+        masked = repeat_blocks(mask, cfg.img // s)                              # (B, N)
+        tokens1 = self.encoder(view1, mask, self.mask_token)                    # Eq. 1, (B, N, D)
+        Z1 = self.T1(tokens1)                                                   # Eq. 3, (B, N, P)
         if cfg.lam > 0:
-            y = unpatchify(Z1, s)  # Eq. 4, PixelShuffle, (B, 3, H, W); Eq. 6 cuts it into patches again
-            x = patchify(view1, s)  # (B, N, P)
-            x = normalize_patches(x) if cfg.norm_pixels else x  # §2.5
-            counted = patch_mask if cfg.l1 == "pre" else torch.ones_like(patch_mask)  # Table 4, (B, N)
-            losses["reconstruction"] = L1 = reconstruction_loss(patchify(y, s), x, counted)  # Eq. 6
+            y = unpatchify(Z1, s)                                         # Eq. 4, (B, 3, H, W)
+            x = patchify(view1, s)                                              # (B, N, P)
+            x = normalize_patches(x) if cfg.norm_pixels else x                  # §2.5
+            counted = masked if cfg.pixels == "masked" else torch.ones_like(masked)
+            L1 = reconstruction_loss(patchify(y, s), x, counted)                # Eq. 6
+            losses["reconstruction"] = L1  # Table 4's "prediction loss" unless --pixels all
         if cfg.contrast != "none":
-            tokens2 = self.F2(view2)  # Eq. 2, (B, N, D); with --target momentum no gradient enters F2 and T2
-            Z2 = self.T2(tokens2)  # Eq. 5, (B, N, P)
-            z1 = mean_where(Z1, ~patch_mask) if cfg.pool == "visible" else Z1.float().mean(1)  # (B, P)
-            z1, z2 = gather(z1), gather(Z2.float().mean(1))  # (world·B, P)
-            contrastive_loss = dcl_loss if cfg.contrast == "dcl" else info_nce_loss  # Eq. 9 or Eq. 7
-            losses["contrast"] = L2 = contrastive_loss(z1, z2, cfg.tau)
-        return {"loss": cfg.lam * L1 + L2, **losses}  # Eq. 10
+            tokens2 = self.F2(view2)                                            # Eq. 2, (B, N, D)
+            Z2 = self.T2(tokens2)                                               # Eq. 5, (B, N, P)
+            z1 = mean_where(Z1, ~masked) if cfg.pool == "visible" else Z1.float().mean(1)
+            z1, z2 = gather(z1), gather(Z2.float().mean(1))                     # (world·B, P)
+            contrastive_loss = dcl_loss if cfg.contrast == "dcl" else info_nce_loss
+            L2 = contrastive_loss(z1, z2, cfg.tau)                              # Eq. 9 or 7
+            losses["contrast"] = L2
+        return {"loss": cfg.lam * L1 + L2, **losses}                            # Eq. 10
 
     @torch.no_grad()
     def reconstruct(self, x):
         """Normalised images (B, 3, H, W) → (masked input, prediction), both normalised images.
 
-        With --norm-pixels each predicted patch gets its true mean and deviation back. Where the loss leaves out
-        visible patches (--l1 pre), they are shown as they are.
+        With --norm-pixels each predicted patch gets its true mean and deviation. Visible patches
+        are shown as they are unless the loss counts them.
         """
-        s = self.encoder.stride
-        block_mask = random_mask(len(x), self.N_b, self.cfg.mask, x.device)  # (B, N_b)
-        patch_mask = repeat_blocks(block_mask, x.shape[2] // s)[:, :, None]  # (B, N, 1)
-        pred = self.T1(self.encoder(x, block_mask, self.mask_token)).float()  # Z1, (B, N, P)
-        patches = patchify(x, s)  # (B, N, P)
-        pred = denormalize_patches(pred, patches) if self.cfg.norm_pixels else pred
-        shown = torch.where(patch_mask, pred, patches) if self.cfg.l1 == "pre" else pred
-        return unpatchify(patches.masked_fill(patch_mask, 0), s), unpatchify(shown, s)
+        s, patches = self.encoder.stride, patchify(x, self.encoder.stride)      # (B, N, P)
+        mask = random_mask(len(x), self.N_b, self.cfg.mask, x.device)           # (B, N_b)
+        masked = repeat_blocks(mask, self.cfg.img // s)[:, :, None]             # (B, N, 1)
+        y = self.T1(self.encoder(x, mask, self.mask_token)).float()             # (B, N, P)
+        y = denormalize_patches(y, patches) if self.cfg.norm_pixels else y
+        if self.cfg.pixels == "masked":
+            y = torch.where(masked, y, patches)
+        return unpatchify(patches.masked_fill(masked, 0), s), unpatchify(y, s)
+
+
+Model = MCLim
 
 
 def reconstruction_loss(pred, target, mask):
-    """Mean squared error of (B, N, P) over the patches where mask (B, N) is 1; 0 if there is none. Eq. 6"""
-    error = (pred.float() - target.float()).square().mean(2)  # (B, N)
-    return (error * mask).sum() / mask.sum().clamp(min=1)
+    """Mean squared error of (B, N, P) over the patches where mask (B, N) is True. Eq. 6"""
+    error = (pred.float() - target.float()).square().mean(2)                    # (B, N)
+    return (error * mask).sum() / mask.sum()
+
+
+def pair_terms(z1, z2, tau):
+    """For the pairs z1[i], z2[i] (B, D), in float32: <z_i^1, z_i^2>/τ and log U of Eq. 8, both
+    (2B), first for k = 1, then for k = 2."""
+    with torch.autocast(z1.device.type, enabled=False):
+        B = len(z1)
+        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)                     # (2B, D)
+        logits = z @ z.mT / tau                                                 # (2B, 2B)
+        positive = logits.diagonal(B).repeat(2)                                 # (2B)
+        same = torch.eye(B, dtype=torch.bool, device=z.device).repeat(2, 2)     # j = i, both l
+        return positive, logits.masked_fill(same, -torch.inf).logsumexp(1)      # Eq. 8
 
 
 def info_nce_loss(z1, z2, tau):
-    """InfoNCE of the pairs z1[i], z2[i], (B, any width) of all processes, mean over both views. Eq. 7, U of Eq. 8"""
-    with torch.autocast(z1.device.type, enabled=False):
-        B = len(z1)
-        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # (2B, width)
-        logits = z @ z.mT / tau  # (2B, 2B)
-        positive = logits.diagonal(B).repeat(2)  # <z_i^1, z_i^2>/τ, (2B)
-        same = torch.eye(B, dtype=torch.bool, device=z.device).repeat(2, 2)  # j = i, in both views l
-        log_U = logits.masked_fill(same, -torch.inf).logsumexp(1)  # Eq. 8, (2B): k = 1, then k = 2
-        return (torch.logaddexp(positive, log_U) - positive).mean()  # Eq. 7
+    """InfoNCE of the pairs z1[i], z2[i] (B, D): mean over i and both branches k. Eq. 7"""
+    positive, log_U = pair_terms(z1, z2, tau)
+    return (torch.logaddexp(positive, log_U) - positive).mean()                 # Eq. 7
 
 
 def dcl_loss(z1, z2, tau):
-    """Decoupled contrastive loss of the pairs z1[i], z2[i], (B, any width) of all processes, mean over both views.
-    Eq. 9, U of Eq. 8"""
-    with torch.autocast(z1.device.type, enabled=False):
-        B = len(z1)
-        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # (2B, width)
-        logits = z @ z.mT / tau  # (2B, 2B)
-        positive = logits.diagonal(B).repeat(2)  # <z_i^1, z_i^2>/τ, (2B)
-        same = torch.eye(B, dtype=torch.bool, device=z.device).repeat(2, 2)  # j = i, in both views l
-        log_U = logits.masked_fill(same, -torch.inf).logsumexp(1)  # Eq. 8, (2B): k = 1, then k = 2
-        return (-positive + log_U).mean()  # Eq. 9
+    """Decoupled contrastive loss of the pairs z1[i], z2[i] (B, D): mean over i and both branches
+    k. Eq. 9"""
+    positive, log_U = pair_terms(z1, z2, tau)
+    return (-positive + log_U).mean()                                           # Eq. 9
+
+
+def cosine_lr(step, steps, warmup, peak):
+    """Learning rate of step 0 … steps - 1: linear to `peak` in `warmup` steps, then a half cosine
+    to 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def param_groups(model, wd):
+    """AdamW's groups: no weight decay on biases, norms, tokens and positions."""
+    decayed, plain = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (plain if p.ndim < 2 or "token" in name or "pos" in name else decayed).append(p)
+    return [{"params": decayed, "weight_decay": wd}, {"params": plain, "weight_decay": 0.0}]
 
 
 def train(cfg):
-    """Trains as `cfg` says; returns the run's folder. Raises UserError, FloatingPointError, SystemExit on a signal."""
-    here = start_processes(cfg.device)
-    data, test = load_data(cfg)
-    batches = Batches(data, cfg.batch, cfg.seed, here)
-    steps, warmup = schedule(cfg, len(batches))
+    """Pre-trains as `cfg` says. Returns the run folder."""
+    device, rank, world = start_processes(cfg.device)
+    train_set, test_set = load_data(cfg)
+    batches = Batches(train_set, cfg.batch, cfg.seed, device, rank, world)
+    steps, warmup = max(1, round(cfg.epochs * len(batches))), round(cfg.warmup * len(batches))
 
     torch.manual_seed(cfg.seed)
-    model = MCLim(cfg).to(here.device)
-    init_encoders(model, cfg.init)
-    if cfg.recompute:
-        recompute(model)
-    net = DistributedDataParallel(model, broadcast_buffers=False) if here.world > 1 else model  # buffers never differ
-    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net  # draws as the plain model does
-    peak = cfg.lr * cfg.batch * here.world / 256  # §3.2
-    optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), lr=peak, fused=True)  # §3.2
+    model = MCLim(cfg).to(device)
+    if cfg.init:
+        load_encoder(model.encoder, cfg.init)
+        if cfg.contrast != "none":
+            load_encoder(model.F2, cfg.init)
+    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net
+    optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), fused=True)
 
-    run = Run("mclim", cfg, here, len(batches))
-    step = run.resume(model=model, optimizer=optimizer)
-    while step < steps and not run.stopped:
-        seed_step(cfg.seed, step, here.rank)
-        images, aspect = batches[step]
-        view1, view2 = views(images, cfg, aspect)
-        with autocast(here.device, cfg.amp):
+    run = Run(__file__, cfg, batches, steps, model=model, optimizer=optimizer)
+    for step in range(run.start, steps):
+        seed_step(cfg.seed, step, rank)                           # exact resume
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_lr(step, steps, warmup, cfg.lr * cfg.batch * world / 256)
+
+        view1, view2 = views(batches[step], cfg)
+        with autocast(device, cfg.amp):
             losses = net(view1, view2)
         losses["loss"].backward()
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(step, steps, warmup, peak)
         optimizer.step()
         optimizer.zero_grad()
         if cfg.contrast != "none" and cfg.target == "momentum":
-            m = 1 - (1 - cfg.momentum) * (1 + math.cos(math.pi * step / steps)) / 2  # rises to 1, MoCo v3's way
-            ema(model.F2, model.encoder, m)  # average ← m·average + (1 - m)·model
+            m = 1 - (1 - cfg.momentum) * (1 + math.cos(math.pi * step / steps)) / 2  # rises to 1
+            ema(model.F2, model.encoder, m)
             ema(model.T2, model.T1, m)
 
-        step += 1
-        run.log(step, losses, optimizer.param_groups[0]["lr"])
-        run.save(step, data, test, model=model, optimizer=optimizer)
+        run.log(step, losses)
+        if run.epoch_done(step):                                  # or the last step, or Ctrl-C
+            run.save(step)
+            if run.interrupted:
+                break
+            run.evaluate(train_set, test_set)                     # kNN, effective rank
+            run.draw(test_set or train_set)                       # curves, reconstruction
     return run.finish()
 
 
-# Parts. K heads, each d = D/K wide; h, w, C: a map of tokens and its channels.
+# Parts. K heads, each d = D/K wide. h, w, C: a map of tokens and its channels.
 
+@torch.no_grad()
 def ema(average, model, m):
     """average ← m·average + (1 - m)·model, weight by weight, for two networks of the same shape."""
-    torch.optim.swa_utils.get_ema_multi_avg_fn(m)(list(average.parameters()), list(model.parameters()), None)
-
-
-class Gather(torch.autograd.Function):
-    """(B, D) → (world·B, D). Every process computes the same loss of all rows, so each gives a row the same gradient.
-    Backward adds these up, to world times one; DistributedDataParallel, which averages, divides by world again."""
-    @staticmethod
-    def forward(ctx, z):
-        rows = [torch.empty_like(z) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, z.contiguous())
-        return torch.cat(rows)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)  # all_reduce writes into it
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+    for a, p in zip(average.parameters(), model.parameters()):
+        a.lerp_(p, 1 - m)
 
 
 def gather(z):
-    """(B, D) → the rows of all processes, with gradient; z itself where there is one process."""
-    return Gather.apply(z) if dist.is_initialized() else z
+    """(B, D) → (world·B, D), the rows of all processes. The gradient of this process's rows is
+    multiplied by world, because DistributedDataParallel averages gradients. Right only if every
+    process computes the same loss of all rows."""
+    if not dist.is_initialized():
+        return z
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rows = [torch.empty_like(z) for _ in range(world)]
+    dist.all_gather(rows, z.detach().contiguous())
+    rows[rank] = z.detach() + world * (z - z.detach())
+    return torch.cat(rows)
 
 
 def mean_where(x, chosen):
-    """Mean of the tokens (B, N, D) where chosen (B, N) is 1: float32 (B, D)."""
+    """Mean of the tokens x (B, N, P) where chosen (B, N) is True: float32 (B, P)."""
     return (x.float() * chosen[:, :, None]).sum(1) / chosen.sum(1, keepdim=True)
 
 
 def patchify(x, p):
-    """Images (B, 3, H, W) → patches (B, N, P), P = 3·p·p ordered (channel, row, column): PixelShuffle undone."""
+    """Images (B, 3, H, W) → patches (B, N, P), P = 3·p·p ordered (channel, row, column)."""
     return F.pixel_unshuffle(x, p).flatten(2).mT
 
 
 def unpatchify(x, p):
-    """Patches (B, N, P) of a square image → (B, 3, H, W), by PixelShuffle."""
+    """Patches (B, N, P) of a square image → (B, 3, H, W)."""
     return F.pixel_shuffle(x.mT.unflatten(2, (math.isqrt(x.shape[1]), -1)), p)
 
 
@@ -345,35 +365,37 @@ def normalize_patches(patches):
 
 
 def denormalize_patches(pred, patches):
-    """Gives predicted normalised patches (B, N, P) the mean and deviation that the true `patches` have."""
+    """Gives normalised predictions (B, N, P) the mean and deviation of the true `patches`."""
     return pred * (patches.var(2, keepdim=True) + 1e-6).sqrt() + patches.mean(2, keepdim=True)
 
 
 def sincos_pos_embed(dim, grid):
-    """Fixed sine-cosine positions of grid×grid patches, (1, N, D): half of D for the row, half for the column."""
+    """Fixed sine-cosine positions of grid×grid patches, (1, N, D): half of D for the row, half
+    for the column."""
     omega = 10000 ** -(torch.arange(dim // 4) / (dim // 4))
-    angle = torch.arange(grid)[:, None] * omega  # (grid, D/4)
-    axis = torch.cat([angle.sin(), angle.cos()], 1)  # of a row or a column, (grid, D/2)
+    angle = torch.arange(grid)[:, None] * omega                                 # (grid, D/4)
+    axis = torch.cat([angle.sin(), angle.cos()], 1)                             # (grid, D/2)
     rows, columns = axis[:, None].expand(grid, grid, -1), axis[None].expand(grid, grid, -1)
     return torch.cat([rows, columns], 2).reshape(1, grid * grid, dim)
 
 
 def init_weights(module):
-    """Xavier-uniform weights, zero biases, as in MAE, where only the patch embedding's bias begins as PyTorch's."""
+    """Xavier-uniform weights and zero biases, as in MAE."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.xavier_uniform_(module.weight.data.flatten(1))  # flatten gives a view: the weight is filled
+        nn.init.xavier_uniform_(module.weight.data.flatten(1))  # a view: it fills the weight
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
 def mlp(dim, hidden, out):
-    """Two layers with GELU between, each token on its own; parts named as in timm."""
-    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, out)))
+    """Two layers with GELU between; parts named as in timm."""
+    fc1, fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, out)
+    return nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
 
 
 def attend(q, k, v):
-    """softmax(q·kᵀ/√d)·v of each head, (B, K, N, d) each → (B, K, N, d). On CPUs always in float32: the backward of
-    attention in bfloat16 is several times slower there."""
+    """softmax(q·kᵀ/√d)·v of each head, (B, K, N, d) → (B, K, N, d). In float32 on CPUs, where the
+    backward of attention in bfloat16 is several times slower."""
     if q.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
@@ -389,7 +411,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, N, d) each
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))                     # (B, N, 3, K, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # (B, K, N, d) each
         return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -407,69 +430,74 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-# The three encoders of Table 1 look alike from outside. What MCLim reads of them: `stride`, the side in pixels of what
-# a token stands for; `dim`, a token's width; `embed_dim`, the width right behind `patch_embed`, which is mask_token's;
-# `patch_embed`, what is frozen. `grid` is the number of places along a side where mask_token may stand.
+# The three encoders of Table 1. MCLim reads `stride`, the side in pixels of what a token stands
+# for; `dim`, the width of a token; `embed_dim`, the embedding width after `patch_embed`, which is
+# mask_token's. mask (B, N_b) is True where mask_token replaces patches.
 
 class Encoder(nn.Module):
-    """The ViT without class token; its state dict loads into timm's ViT of the same size (class_token=False,
-    global_pool="avg", fc_norm=False) without renaming."""
-    def __init__(self, cfg):
+    """A ViT without class token. Its state dict is that of timm's with class_token=False,
+    global_pool="avg", fc_norm=False."""
+    def __init__(self, img, patch, dim, depth, heads):
         super().__init__()
-        self.stride, self.dim, self.embed_dim, self.grid = cfg.patch, cfg.dim, cfg.dim, cfg.img // cfg.patch
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, cfg.dim, cfg.patch, cfg.patch)))
-        self.register_buffer("pos_embed", sincos_pos_embed(cfg.dim, self.grid))
-        self.blocks = nn.ModuleList(Block(cfg.dim, cfg.heads) for _ in range(cfg.depth))
-        self.norm = nn.LayerNorm(cfg.dim, eps=1e-6)
+        self.stride, self.dim, self.embed_dim = patch, dim, dim
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch, patch)))
+        self.register_buffer("pos_embed", sincos_pos_embed(dim, img // patch))
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
 
     def forward(self, x, mask=None, mask_token=None):
-        """Images (B, 3, H, W) → tokens (B, N, D); where mask (B, N) is 1, mask_token (D) replaces patches."""
-        x = self.patch_embed(x).flatten(2).mT  # (B, N, D)
+        """Images (B, 3, H, W) → (B, N, D). mask (B, N), mask_token (D)."""
+        x = self.patch_embed(x).flatten(2).mT                                   # (B, N, D)
         if mask is not None:
-            x = torch.where(mask[:, :, None], mask_token.to(x.dtype), x)  # §2.2
+            x = torch.where(mask[:, :, None], mask_token, x)                    # §2.2
         x = x + self.pos_embed
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
     def tokens(self, x):
-        """The tokens of whole images, (B, 3, H, W) → (B, N, D)."""
+        """Patch tokens of whole images, (B, 3, H, W) → (B, N, D)."""
         return self(x)
 
     def features(self, x):
-        """The mean of the tokens of whole images, (B, 3, H, W) → (B, D)."""
+        """One vector for each whole image, (B, 3, H, W) → (B, D)."""
         return self(x).float().mean(1)
 
 
 class SwinEncoder(nn.Module):
-    """Swin [2, 2, depth, 2] with windows of 7, torchvision's: it begins with patches of p/4 pixels, and a token of the
-    end stands for 2p×2p. Its attention, too, is torchvision's: under autocast it computes in bfloat16, on CPUs as
-    well."""
-    def __init__(self, cfg):
+    """torchvision's Swin [2, 2, depth, 2] with windows of 7. `width` is that of the first stage. It
+    begins with patches of patch/4 pixels; a token at the end stands for 2·patch pixels squared."""
+    def __init__(self, img, patch, width, depth):
         super().__init__()
-        width = cfg.dim // 6
-        swin = SwinTransformer([cfg.patch // 4] * 2, width, [2, 2, cfg.depth, 2],
+        swin = SwinTransformer([patch // 4] * 2, width, [2, 2, depth, 2],
                                [width // 32 * 2 ** i for i in range(4)], [7, 7],
-                               stochastic_depth_prob=0.0)  # none, as in the ViT: features must not be random
-        self.stride, self.dim, self.embed_dim, self.grid = 2 * cfg.patch, 8 * width, width, 4 * cfg.img // cfg.patch
-        self.patch_embed, _, self.patch_norm = swin.features[0]  # the middle part is the permute of forward
+                               stochastic_depth_prob=0.0)  # features must not be random
+        self.stride, self.dim, self.embed_dim = 2 * patch, 8 * width, width
+        self.grid = 4 * img // patch
+        self.patch_embed, _, self.patch_norm = swin.features[0]
         self.stages, self.norm = swin.features[1:], swin.norm
-        self.patch_embed.apply(init_weights)  # all other weights begin as torchvision's
+        self.patch_embed.apply(init_weights)
 
     def forward(self, x, mask=None, mask_token=None):
-        """Images (B, 3, H, W) → tokens (B, N, D); where mask (B, N_b) is 1, mask_token (C) replaces small patches."""
-        x = self.patch_norm(self.patch_embed(x).permute(0, 2, 3, 1))  # (B, grid, grid, C), C = D/8
+        """Images (B, 3, H, W) → (B, N, D). mask (B, N_b), mask_token (C), C = D/8."""
+        x = self.patch_norm(self.patch_embed(x).permute(0, 2, 3, 1))            # (B, h, w, C)
         if mask is not None:
-            masked = repeat_blocks(mask, self.grid).unflatten(1, (self.grid, self.grid))  # (B, grid, grid)
-            x = torch.where(masked[..., None], mask_token.to(x.dtype), x)  # §2.2
+            masked = repeat_blocks(mask, self.grid).unflatten(1, (self.grid, self.grid))
+            x = torch.where(masked[..., None], mask_token, x)                   # §2.2
         return self.norm(self.stages(x)).flatten(1, 2)
 
-    tokens, features = Encoder.tokens, Encoder.features  # of whole images, as the ViT's: (B, N, D) and (B, D)
+    def tokens(self, x):
+        """Tokens of whole images, (B, 3, H, W) → (B, N, D)."""
+        return self(x)
+
+    def features(self, x):
+        """One vector for each whole image, (B, 3, H, W) → (B, D)."""
+        return self(x).float().mean(1)
 
 
 class RelativeAttention(nn.Module):
-    """Attention with a learned bias for every offset between two of grid×grid patches, as in Swin."""
+    """Attention with a learned bias for each offset between two of grid×grid patches, as Swin's."""
     def __init__(self, dim, heads, grid):
         super().__init__()
         self.heads = heads
@@ -477,17 +505,18 @@ class RelativeAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.relative_position_bias = nn.Parameter(torch.zeros((2 * grid - 1) ** 2, heads))
         y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-        y, x = (a.flatten()[:, None] - a.flatten() + grid - 1 for a in (y, x))  # (N, N), 0 … 2·grid - 2
+        y, x = (a.flatten()[:, None] - a.flatten() + grid - 1 for a in (y, x))  # (N, N) each
         self.register_buffer("offset", y * (2 * grid - 1) + x, persistent=False)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, K, N, d) each
-        bias = self.relative_position_bias[self.offset].permute(2, 0, 1)  # (K, N, N)
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))                     # (B, N, 3, K, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # (B, K, N, d) each
+        bias = self.relative_position_bias[self.offset].permute(2, 0, 1)        # (K, N, N)
         if x.device.type == "cpu":  # in float32, as in attend
             with torch.autocast("cpu", enabled=False):
-                x = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), bias)  # (B, K, N, d)
+                x = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), bias)
         else:
-            x = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype).contiguous())  # (B, K, N, d)
+            x = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype).contiguous())
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
@@ -506,7 +535,7 @@ class RelativeBlock(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """The half of Block without attention: each token on its own, the shape stays."""
+    """A Block without its attention: each token by itself, the shape stays."""
     def __init__(self, dim, hidden):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -524,44 +553,51 @@ class Merge(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x):
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)  # (B, h/2, w/2, 4C)
-        return self.reduction(self.norm(x))
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3)  # (B, h/2, w/2, 2, 2, C)
+        return self.reduction(self.norm(x.flatten(3)))
 
 
 class HiViTEncoder(nn.Module):
-    """HiViT [2, 2, depth + 4] (arXiv 2205.14949): MLPs on small patches, merged twice, then a ViT. A token stands for
-    p×p pixels."""
-    def __init__(self, cfg):
+    """HiViT [2, 2, depth], arXiv 2205.14949: MLPs on patches of patch/4 pixels, merged twice, then
+    a ViT of width dim. A token stands for patch×patch pixels."""
+    def __init__(self, img, patch, dim, depth):
         super().__init__()
-        dim, grid = 2 * cfg.dim // 3, cfg.img // cfg.patch
-        self.stride, self.dim, self.embed_dim, self.grid = cfg.patch, dim, dim // 4, 4 * grid
-        self.patch_embed = nn.Conv2d(3, dim // 4, cfg.patch // 4, cfg.patch // 4)
+        grid = img // patch
+        self.stride, self.dim, self.embed_dim, self.grid = patch, dim, dim // 4, 4 * grid
+        self.patch_embed = nn.Conv2d(3, dim // 4, patch // 4, patch // 4)
         self.patch_norm = nn.LayerNorm(dim // 4, eps=1e-6)
-        stage1, stage2 = ([MlpBlock(w, 3 * w) for _ in range(4)] for w in (dim // 4, dim // 2))  # two MLPs a block
+        stage1 = [MlpBlock(dim // 4, 3 * dim // 4) for _ in range(4)]  # two MLPs a block
+        stage2 = [MlpBlock(dim // 2, 3 * dim // 2) for _ in range(4)]
         self.stem = nn.Sequential(*stage1, Merge(dim // 4), *stage2, Merge(dim // 2))
-        self.pos_embed = nn.Parameter(torch.zeros(1, grid * grid, dim))  # learned, besides the blocks' biases
-        self.blocks = nn.ModuleList(RelativeBlock(dim, dim // 64, grid) for _ in range(cfg.depth + 4))
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid * grid, dim))
+        self.blocks = nn.ModuleList(RelativeBlock(dim, dim // 64, grid) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, x, mask=None, mask_token=None):
-        """Images (B, 3, H, W) → tokens (B, N, D); where mask (B, N_b) is 1, mask_token (C) replaces small patches."""
-        x = self.patch_norm(self.patch_embed(x).permute(0, 2, 3, 1))  # (B, grid, grid, C), C = D/4
+        """Images (B, 3, H, W) → (B, N, D). mask (B, N_b), mask_token (C), C = D/4."""
+        x = self.patch_norm(self.patch_embed(x).permute(0, 2, 3, 1))            # (B, h, w, C)
         if mask is not None:
-            masked = repeat_blocks(mask, self.grid).unflatten(1, (self.grid, self.grid))  # (B, grid, grid)
-            x = torch.where(masked[..., None], mask_token.to(x.dtype), x)  # §2.2
-        x = self.stem(x).flatten(1, 2) + self.pos_embed  # (B, N, D)
+            masked = repeat_blocks(mask, self.grid).unflatten(1, (self.grid, self.grid))
+            x = torch.where(masked[..., None], mask_token, x)                   # §2.2
+        x = self.stem(x).flatten(1, 2) + self.pos_embed                         # (B, N, D)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
-    tokens, features = Encoder.tokens, Encoder.features  # of whole images, as the ViT's: (B, N, D) and (B, D)
+    def tokens(self, x):
+        """Tokens of whole images, (B, 3, H, W) → (B, N, D)."""
+        return self(x)
+
+    def features(self, x):
+        """One vector for each whole image, (B, 3, H, W) → (B, D)."""
+        return self(x).float().mean(1)
 
 
 def main(argv=None):
-    """The command line; returns the exit status."""
-    return launch("mclim", Config, TINY, train, argv)
+    """The command line."""
+    run_program(__file__, __doc__, Config, TINY, train, argv)
 
 
 if __name__ == "__main__":

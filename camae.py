@@ -19,7 +19,7 @@ One training step on B images of N patches with P values each, and K heads (the 
     after an epoch: p ← 0.01·p + 0.99·softmax(L^m / 0.2)     # Eq. 4     (K,)
 
 The paper leaves open, and may change the result: --plb-loss, --momentum, --freeze-patch,
---norm-pixels, --lr. papers/camae.md has every choice, symbol and misprint.
+--norm-pixels, --predictor, --lr. papers/camae.md has every choice, symbol and misprint.
 
     torchrun --nproc-per-node 8 camae.py --data PATH --recompute      the paper's run (not yet run)
     python camae.py --tiny --data shapes                              a first look on a laptop
@@ -68,7 +68,8 @@ class Config(RunConfig):
     depth: int = 12  # blocks; ViT-B's, §IV-A
     heads: int = 12  # heads K, the paper's M; ViT-B's, §IV-A
     freeze_patch: bool = False  # the patch embedding is not trained; MoCo v3's
-    hidden: int = 4096  # hidden width of the projector; MoCo v3's
+    predictor: bool = False  # MoCo v3's MLP after g_θ; Eq. 1 has none
+    hidden: int = 4096  # hidden width of projector and predictor; MoCo v3's
     out_dim: int = 256  # width of z, §IV-A
     decoder_depth: int = 8  # blocks of the decoder; MAE's
     decoder_dim: int = 512  # width of the decoder; MAE's
@@ -164,6 +165,10 @@ class CAMAE(nn.Module):
         self.projector.requires_grad_(cfg.contrast)
         self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)     # f_ξ
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)  # g_ξ
+        self.predictor = nn.Identity()
+        if cfg.predictor:
+            self.predictor = moco_mlp(cfg.out_dim, cfg.hidden, cfg.out_dim)
+            self.predictor.requires_grad_(cfg.contrast)
 
     def forward(self, view1, view2, m=None, mask=None):
         """Normalised views (B, 3, H, W) → {"loss": Eq. 6, "contrast": Eq. 1, "reconstruction":
@@ -176,6 +181,7 @@ class CAMAE(nn.Module):
             tokens1, last_block_input = self.encoder(view1, return_last_block_input=True)
             h1, h2 = self.encoder.vector(tokens1), self.encoder.features(view2)   # h_i, (B, D)
             z1, z2 = self.projector(gather(h1)), self.projector(gather(h2))   # z_i, (world·B, 256)
+            z1, z2 = self.predictor(z1), self.predictor(z2)                   # not in Eq. 1
             with torch.no_grad():                                             # sg of Figure 1
                 h1_xi = self.momentum_encoder.features(view1)                 # h'_i, (B, D)
                 h2_xi = self.momentum_encoder.features(view2)
@@ -436,8 +442,9 @@ def mlp(dim, hidden, out):
 
 
 def moco_mlp(*widths):
-    """MoCo v3's projector, (B, widths[0]) → (B, widths[-1]): linear layers with BatchNorm, ReLU
-    between them, no weights in the last norm. The norms use the statistics of the batch."""
+    """MoCo v3's projector or predictor, (B, widths[0]) → (B, widths[-1]): linear layers with
+    BatchNorm, ReLU between them, no weights in the last norm. The norms use the statistics of the
+    batch."""
     layers = []
     for i, (width, out) in enumerate(zip(widths, widths[1:]), 2):
         norm = nn.BatchNorm1d(out, affine=i < len(widths), track_running_stats=False)

@@ -29,3 +29,14 @@ def test_contrast_alone_with_a_predictor_is_moco_v3():
         "Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d"]
     assert h[0].weight.grad.abs().sum() > 0 and f.patch_embed.proj.weight.grad is None
     assert not list(build(small("camae")).predictor.parameters())   # off by default
+
+
+@pytest.mark.parametrize("plb_loss", ["mean", "sum"])
+def test_plb_sees_equation_2_at_the_scale_of_its_flag(plb_loss):
+    cfg = small("camae", plb_loss=plb_loss, mask=0.25)
+    y, x, mask = normal(3, 16, 48), normal(3, 16, 48, seed=1), camae.random_mask(3, 16, 0.25)
+    errors = [[(x[i, h, c] - y[i, h, c]).item() ** 2 for h in range(16) for c in range(48)
+               if mask[i, h]] for i in range(3)]
+    expected = sum(sum(row) / (len(row) if plb_loss == "mean" else 1) for row in errors) / 3
+    found = camae.plb_scale(cfg) * camae.masked_mse(y, x, mask).item()
+    assert found == pytest.approx(expected, rel=1e-5)

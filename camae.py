@@ -246,11 +246,12 @@ class PLB(nn.Module):
         self.register_buffer("sums", torch.zeros(heads))                  # of an epoch's losses
         self.register_buffer("counts", torch.zeros(heads))                # of an epoch's draws
 
-    def draw(self, steps, seed, epoch):
-        """The head of each step of an epoch, int64 (steps,), the same in all processes. Eq. 5"""
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + 500_000 + epoch)
-        heads = self.p.cpu().multinomial(steps, replacement=True, generator=generator)
-        return heads.to(self.p.device)
+    def draw(self, seed, step):
+        """The head m of a step, int64 (1,), the same in all processes. Eq. 5"""
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + 1_008)
+        u = torch.rand(1, generator=generator).to(self.p.device, non_blocking=True)
+        m = torch.searchsorted(self.p.cumsum(0), u, right=True)   # multinomial waits for a GPU
+        return m.clamp(max=len(self.p) - 1)                       # the last sum may be below 1
 
     def note(self, m, loss):
         """Adds the loss of a step to the sum of its head m (1,)."""
@@ -339,14 +340,13 @@ def train(cfg):
 
     run = Run(__file__, cfg, batches, steps, model=model, optimizer=optimizer, plb=plb)
     by_head = cfg.mim and cfg.mask_by != "random"
-    drawn = plb.draw(len(batches), cfg.seed, run.start // len(batches))
     for step in range(run.start, steps):
         seed_step(cfg.seed, step, rank)                           # exact resume
         for group in optimizer.param_groups:
             group["lr"] = cosine_lr(step, steps, warmup, cfg.lr * cfg.batch * world / 256)
 
         view1, view2 = views(batches[step], cfg)
-        m = drawn[step % len(batches)].view(1)                    # Eq. 5
+        m = plb.draw(cfg.seed, step)                              # Eq. 5
         with autocast(device, cfg.amp):
             losses = net(view1, view2, m)
         losses["loss"].backward()
@@ -367,8 +367,6 @@ def train(cfg):
                     run.write({"step": step + 1, "epoch": (step + 1) // len(batches), **plb.row()})
                 if cfg.mask_by == "plb":
                     plb.update(cfg.lam, cfg.eps)                  # Eq. 4
-        if (step + 1) % len(batches) == 0:
-            drawn = plb.draw(len(batches), cfg.seed, (step + 1) // len(batches))
         if run.epoch_done(step):                                  # or the last step, or Ctrl-C
             run.save(step)
             if run.interrupted:

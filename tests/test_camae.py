@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import camae
 from common import UserError, load_checkpoint, seed_step
-from conftest import build, normal, small
+from conftest import ROOT, build, normal, small
 
 VIEWS = normal(6, 3, 16, 16), normal(6, 3, 16, 16, seed=1)
 HEAD = torch.tensor([1])
@@ -62,6 +62,19 @@ def test_plb_update_is_equation_4_for_losses_of_any_size():
     for shift in (0, 1e6):                                          # exp(1e6) is infinite
         found = camae.plb_update(torch.tensor(p), torch.tensor(losses).double() + shift, lam, eps)
         assert found.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_page_has_the_perplexity_that_equation_4_gives():
+    page = (ROOT / "papers/camae.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
+    spread = next(row for row in rows if row and row[0] == "highest minus lowest loss")
+    for heads in (3, 12):
+        row = next(row for row in rows if row and row[0] == f"perplexity of {heads} heads")
+        for loss, shown in zip(spread[1:], row[1:], strict=True):
+            plb = camae.PLB(heads)
+            plb.losses.copy_(torch.linspace(0, float(loss), heads))
+            plb.update(lam=1, eps=0.2)
+            assert f"{plb.row()['perplexity of p']:.2f}" == shown
 
 
 def test_heads_are_drawn_by_p_and_the_same_in_all_processes_equation_5():
@@ -325,7 +338,8 @@ def test_training_logs_the_heads_and_moves_the_momentum_networks(
             assert not torch.equal(now[average], now[one])
 
 
-def test_contrast_alone_trains_without_heads(tmp_path):
+def test_contrast_alone_trains_without_heads(tmp_path, monkeypatch):
+    monkeypatch.setattr(camae.Run, "draw", lambda run, images: None)        # slow
     out = camae.train(small("camae", images=32, mim=False, freeze_patch=True,
                             out=str(tmp_path / "run")))
     row = list(csv.DictReader(open(out / "metrics.csv")))[0]

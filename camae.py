@@ -95,7 +95,8 @@ class Config(RunConfig):
                 f"--dim {self.dim} must be a multiple of 4 times --heads {self.heads}")
         require(self.decoder_dim % (4 * self.decoder_heads) == 0, f"--decoder-dim "
                 f"{self.decoder_dim} must be a multiple of 4 times --decoder-heads")
-        require(self.warmup < self.epochs, f"--warmup {self.warmup} must be below --epochs")
+        require(self.warmup < self.epochs,
+                f"--warmup {self.warmup} must be below --epochs {self.epochs}")
         require(not self.contrast or self.batch > 1, "--batch 1 has no negatives")
         require(self.tau > 0 and self.eps > 0, "--tau and --eps must be positive")
         require(max(self.lam, self.momentum, self.jitter, self.gray, self.blur) <= 1,
@@ -109,8 +110,9 @@ TINY = Config(crop_min=0.2, blur=0.0, img=32, patch=4, dim=192, depth=4, heads=3
               lr=1e-3, warmup=1.0, eval_every=1, tiny=True)
 
 
-# The paper, §III. B: images. N: patches of an image. V: visible ones. P = 3·p·p: values of a patch
-# of p×p pixels. K: heads (the paper's M). H = W = img. In small functions B is any number of rows.
+# The paper, §III. B: images. N: patches of an image. V: visible patches. P = 3·p·p: values of a
+# patch of p×p pixels. K: heads (the paper's M). H = W = img. Encoder, Decoder and other parts stand
+# at the end of the file, where B is any number of rows.
 
 def views(images, cfg):
     """Two augmented views x_i and x'_i of each image. §III-A
@@ -336,7 +338,7 @@ def train(cfg):
     if cfg.init:
         load_encoder(model.encoder, cfg.init)
         load_encoder(model.momentum_encoder, cfg.init)
-    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    net = DistributedDataParallel(model) if world > 1 else model
     net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), betas=(0.9, 0.95), fused=True)
 
@@ -371,10 +373,10 @@ def train(cfg):
                     plb.update(cfg.lam, cfg.eps)                  # Eq. 4
         if run.epoch_done(step):                                  # or the last step, or Ctrl-C
             run.save(step)
-            if run.interrupted:
-                break
             run.evaluate(train_set, test_set)                     # kNN, effective rank
             run.draw(test_set or train_set)                       # curves, reconstruction
+        if run.interrupted:
+            break
     return run.finish()
 
 
@@ -563,6 +565,7 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, z, visible_ids):
+        """(B, 1 + V, D), (B, V) → (B, N, P)"""
         cls, tokens = self.embed(z).split([1, visible_ids.shape[1]], 1)
         N = self.pos_embed.shape[1] - 1
         x = self.mask_token.to(tokens.dtype).expand(len(z), N, -1)              # (B, N, width)

@@ -99,6 +99,7 @@ class Config(RunConfig):
                 f"--warmup {self.warmup} must be below --epochs {self.epochs}")
         require(not self.contrast or self.batch > 1, "--batch 1 has no negatives")
         require(self.tau > 0 and self.eps > 0, "--tau and --eps must be positive")
+        require(self.hidden > 0 and self.out_dim > 0, "--hidden and --out-dim must be positive")
         require(max(self.lam, self.momentum, self.jitter, self.gray, self.blur) <= 1,
                 "--lam, --momentum, --jitter, --gray and --blur must be at most 1")
         require(0 < self.crop_min <= 1, "--crop-min must be above 0 and at most 1")
@@ -170,8 +171,8 @@ class CAMAE(nn.Module):
         self.projector.requires_grad_(cfg.contrast)
         self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)     # f_ξ
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)  # g_ξ
-        self.predictor = nn.Identity()
-        if cfg.predictor:
+        self.predictor = nn.Identity()                                                # Eq. 1
+        if cfg.predictor:                                                             # MoCo v3
             self.predictor = moco_mlp(cfg.out_dim, cfg.hidden, cfg.out_dim)
             self.predictor.requires_grad_(cfg.contrast)
 
@@ -187,7 +188,7 @@ class CAMAE(nn.Module):
             h1, h2 = self.encoder.vector(tokens1), self.encoder.features(view2)   # h_i, (B, D)
             # Rows are gathered before the projector, in place of synchronised BatchNorm.
             z1, z2 = self.projector(gather(h1)), self.projector(gather(h2))   # z_i, (world·B, 256)
-            z1, z2 = self.predictor(z1), self.predictor(z2)                   # not in Eq. 1
+            z1, z2 = self.predictor(z1), self.predictor(z2)                   # no-op by default
             with torch.no_grad():                                             # sg of Figure 1
                 h1_xi = self.momentum_encoder.features(view1)                 # h'_i, (B, D)
                 h2_xi = self.momentum_encoder.features(view2)

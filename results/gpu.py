@@ -50,7 +50,7 @@ def note(out, name, job):
 
 
 def losses_of_steps(module, cfg, device, amp):
-    """All loss terms of three steps from fixed weights, masks and views."""
+    """The loss terms of three steps from fixed weights, masks and views."""
     torch.manual_seed(0)
     model, views = module.Model(cfg), torch.randn(2, cfg.batch, 3, cfg.img, cfg.img)
     N = model.N_b if module is mclim else model.N
@@ -70,11 +70,6 @@ def losses_of_steps(module, cfg, device, amp):
     return values
 
 
-def last_loss(folder):
-    with open(folder / "metrics.csv", newline="") as table:
-        return float([row["loss"] for row in csv.DictReader(table) if row["loss"]][-1])
-
-
 def agree(out, device, rehearse):
     for module, form in FORMS:
         cfg = replace(module.TINY, data="shapes", images=160, img=32, depth=2, batch=32, epochs=2,
@@ -86,35 +81,33 @@ def agree(out, device, rehearse):
                         losses_of_steps(module, cfg, torch.device("cpu"), False))
             return max(abs(a - b) / max(abs(b), 1e-6) for a, b in pairs)
 
-        def resume():
-            folder = module.train(replace(cfg, out=str(out / "runs" / name)))
-            whole = last_loss(folder)
-            (folder / "last.pt").unlink()  # previous.pt is of the first epoch
-            module.train(replace(cfg, out=str(folder), resume=str(folder)))
-            return {"whole": whole, "resumed": last_loss(folder)}
+        def train(**changes):
+            folder = str(out / "runs" / " ".join([name, *changes]))
+            folder = module.train(replace(cfg, **{"out": folder, **changes}))
+            with open(folder / "metrics.csv", newline="") as table:
+                return [float(row["loss"]) for row in csv.DictReader(table) if row["loss"]][-1]
 
-        def compiled():
-            folder = str(out / "runs" / f"{name} compiled")
-            return last_loss(module.train(replace(cfg, compile=True, out=folder)))
+        def resume():
+            folder, whole = out / "runs" / name, train()
+            (folder / "last.pt").unlink()  # previous.pt is of the first epoch
+            return {"whole": whole, "resumed": train(out=str(folder), resume=str(folder))}
 
         note(out, f"agree {name} float32", lambda: {"relative difference": compare(False)})
         note(out, f"agree {name} bfloat16", lambda: {"relative difference": compare(True)})
         if not rehearse or module is mvmae:
             note(out, f"agree {name} resumed", resume)
-            note(out, f"agree {name} compiled", lambda: {"loss": compiled()})
+            note(out, f"agree {name} compiled", lambda: {"loss": train(compile=True)})
 
 
 def speed(out, device, rehearse):
-    dtype = torch.float32 if rehearse else torch.bfloat16
-    limit = matrix_rate(device, dtype)
+    limit = matrix_rate(device, torch.float32 if rehearse else torch.bfloat16)
     note(out, "matrix product", lambda: {"TFLOP/s": limit / 1e12})
-    for batch in (0, 16, 256)[:1 if rehearse else 3]:
+    for batch in (4,) if rehearse else (0, 16, 256):
         for module, form in FORMS:
-            cfg = replace(module.TINY, batch=4) if rehearse else replace(module.Config(), **form)
+            cfg = replace(module.TINY if rehearse else module.Config(), **form)
             cfg = replace(cfg, batch=batch or cfg.batch)
             name = " ".join(["speed", module.__name__, *form.values(), f"batch {cfg.batch}"])
-            note(out, name, lambda: speed_of_steps(module, cfg, device, limit,
-                                                   2 if rehearse else 60))
+            note(out, name, lambda: rate(module, cfg, device, limit, 2 if rehearse else 60))
 
 
 def random_images(cfg, device):
@@ -122,8 +115,8 @@ def random_images(cfg, device):
     return Images(torch.randint(256, (cfg.batch, 3, side, side), dtype=torch.uint8).to(device))
 
 
-def speed_of_steps(module, cfg, device, limit, count):
-    """Rate, peak memory and losses of `count` steps, behind three others."""
+def rate(module, cfg, device, limit, count):
+    """Rate, peak memory and losses of `count` steps after three others."""
     model, images = module.Model(cfg).to(device), random_images(cfg, device)
     optimizer = torch.optim.AdamW(module.param_groups(model, cfg.wd), lr=1e-4, fused=True)
     losses = []
@@ -142,9 +135,9 @@ def speed_of_steps(module, cfg, device, limit, count):
         optimizer.zero_grad()
         losses.append(loss.detach())
     first, *_, last = torch.stack(losses).tolist()
-    rate = count * cfg.batch / (time.time() - begin)
+    speed = count * cfg.batch / (time.time() - begin)
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0
-    return {"images/s": rate, "fraction of matrix rate": rate * gflop_per_image(cfg) * 1e9 / limit,
+    return {"images/s": speed, "fraction of matrix rate": speed * gflop_per_image(cfg) * 1e9 / limit,
             "peak GB": peak, "first loss": first, "last loss": last}
 
 
@@ -160,7 +153,6 @@ def views(out, device, rehearse):
 def run_mclim(out, device, data, rehearse):
     cfg = replace(mclim.TINY, images=256) if rehearse else mclim.Config()
     mclim.train(replace(cfg, data=data, root=str(out / "data"), out=str(out / "mclim"), batch=64,
-                        epochs=1 if rehearse else 100, warmup=0.2 if rehearse else cfg.warmup,
                         eval_every=1, device=device.type))
 
 

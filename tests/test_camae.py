@@ -1,0 +1,340 @@
+"""CAMAE: Eq. 1 to 6 against plain loops, IDM, PLB over epochs, the momentum networks, each flag."""
+import contextlib
+import csv
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import camae
+from common import UserError, load_checkpoint, seed_step
+from conftest import ROOT, build, normal, small
+
+VIEWS = normal(6, 3, 16, 16), normal(6, 3, 16, 16, seed=1)
+HEAD = torch.tensor([1])
+
+
+def apart(cfg):
+    """A model whose momentum networks differ from the trained ones."""
+    model = build(cfg)
+    for module in (model.momentum_encoder.norm, model.momentum_projector[3]):
+        module.weight.data.add_(0.1)
+    return model
+
+
+def test_info_nce_is_equation_1():
+    z, k, tau = normal(5, 8), normal(5, 8, seed=1), 0.2
+    unit = [[row / row.norm() for row in rows] for rows in (z, k)]
+    losses = []
+    for i in range(5):
+        e = [math.exp(float(unit[0][i] @ unit[1][j]) / tau) for j in range(5)]
+        losses.append(-math.log(e[i] / (e[i] + sum(e[j] for j in range(5) if j != i))))
+    assert camae.info_nce_loss(z, k, tau).item() == pytest.approx(sum(losses) / 5, rel=1e-5)
+    same = torch.ones(5, 8)
+    assert camae.info_nce_loss(same, same, tau).item() == pytest.approx(math.log(5))
+
+
+@pytest.mark.parametrize("plb_loss", ["mean", "sum"])
+def test_masked_mse_is_equation_2_and_plb_sees_it_at_the_scale_of_its_flag(plb_loss):
+    cfg = small("camae", plb_loss=plb_loss, mask=0.25)
+    y, x, mask = normal(3, 16, 48), normal(3, 16, 48, seed=1), camae.random_mask(3, 16, 0.25)
+    errors = [[(x[i, h, c] - y[i, h, c]).item() ** 2 for h in range(16) for c in range(48)
+               if mask[i, h]] for i in range(3)]
+    expected = sum(sum(row) / (len(row) if plb_loss == "mean" else 1) for row in errors) / 3
+    found = camae.plb_scale(cfg) * camae.masked_mse(y, x, mask).item()
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.75])
+def test_idm_masks_the_patches_with_the_most_attention_equation_3(ratio):
+    attention = normal(6, 16).softmax(1)
+    for row, mask in zip(attention.tolist(), camae.idm_mask(attention, ratio).tolist()):
+        most = sorted(range(16), key=lambda h: -row[h])[:round(16 * ratio)]
+        assert [h for h in range(16) if mask[h]] == sorted(most)
+
+
+def test_plb_update_is_equation_4_for_losses_of_any_size():
+    p, losses, lam, eps = [0.5, 0.2, 0.3], [0.3, 0.7, 0.1], 0.9, 0.2
+    total = sum(math.exp(L / eps) for L in losses)
+    expected = [(1 - lam) * q + lam * math.exp(L / eps) / total for q, L in zip(p, losses)]
+    for shift in (0, 1e6):                                          # exp(1e6) is infinite
+        found = camae.plb_update(torch.tensor(p), torch.tensor(losses).double() + shift, lam, eps)
+        assert found.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_page_has_the_perplexity_that_equation_4_gives():
+    page = (ROOT / "papers/camae.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
+    spread = next(row for row in rows if row and row[0] == "highest minus lowest loss")
+    for heads in (3, 12):
+        row = next(row for row in rows if row and row[0] == f"perplexity of {heads} heads")
+        for loss, shown in zip(spread[1:], row[1:], strict=True):
+            plb = camae.PLB(heads)
+            plb.losses.copy_(torch.linspace(0, float(loss), heads))
+            plb.update(lam=1, eps=0.2)
+            assert f"{plb.row()['perplexity of p']:.2f}" == shown
+
+
+def test_heads_are_drawn_by_p_and_the_same_in_all_processes_equation_5(monkeypatch):
+    plb, p = camae.PLB(4), torch.tensor([0.0, 0.2, 0.7, 0.1])
+    plb.p.copy_(p)
+    heads = [plb.draw(0, step).item() for step in range(3000)]
+    frequency = torch.tensor(heads).bincount(minlength=4) / len(heads)
+    assert frequency[0] == 0 and (frequency - p).abs().max() < 0.03
+    for step in range(20):
+        for rank in (0, 1):
+            seed_step(0, step, rank)
+            assert plb.draw(0, step).tolist() == [heads[step]]
+    assert heads[:100] != [plb.draw(1, step).item() for step in range(100)]
+    monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: torch.zeros(1))
+    assert plb.draw(0, 0) == 1                                      # not head 0, whose p is 0
+    monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: torch.ones(1))
+    assert plb.draw(0, 0) == 3                                      # p may add up to less than 1
+
+
+def test_plb_gathers_an_epoch_and_an_undrawn_head_keeps_its_loss():
+    plb = camae.PLB(3)
+    for m, loss in ((0, 0.2), (2, 0.5), (0, 0.4)):
+        plb.note(torch.tensor([m]), torch.tensor(loss))
+    plb.end_epoch()
+    assert plb.losses[[0, 2]].tolist() == pytest.approx([0.3, 0.5]) and plb.losses[1].isnan()
+    plb.update(0.99, 0.2)                                           # head 1: the others' mean
+    first = camae.plb_update(torch.full((3,), 1 / 3), torch.tensor([0.3, 0.4, 0.5]), 0.99, 0.2)
+    assert torch.allclose(plb.p, first)
+    plb.note(torch.tensor([1]), torch.tensor(0.1))
+    plb.end_epoch()
+    assert plb.losses.tolist() == pytest.approx([0.3, 0.1, 0.5])
+    plb.update(0.99, 0.2)
+    assert torch.allclose(plb.p, camae.plb_update(first, plb.losses, 0.99, 0.2))
+
+
+def test_row_of_plb_has_the_perplexity_of_p():
+    plb = camae.PLB(3)
+    for p, perplexity in (([1 / 3] * 3, 3), ([0.5, 0.0, 0.5], 2), ([0.0, 1.0, 0.0], 1)):
+        plb.p.copy_(torch.tensor(p))
+        row = plb.row()
+        assert row["perplexity of p"] == pytest.approx(perplexity, rel=1e-5)
+        assert row["p of head 1"] == pytest.approx(p[0]) and math.isnan(row["loss of head 3"])
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"mask_by": "idm"}, {"mask_by": "random"}, {"contrast": False}, {"norm_pixels": True},
+    {"contrast": False, "mask_by": "random"}, {"mim": False}], ids=str)
+def test_forward_is_section_iii_and_equation_6(change):
+    cfg = small("camae", **change)
+    model, (view1, view2), expected = apart(cfg), VIEWS, {}
+    if cfg.contrast:
+        z1, z2 = (model.projector(model.encoder(x)[:, 0]) for x in VIEWS)
+        k1, k2 = (model.momentum_projector(model.momentum_encoder(x)[:, 0]) for x in VIEWS)
+        expected["contrast"] = (camae.info_nce_loss(z1, k2, cfg.tau) / 2
+                                + camae.info_nce_loss(z2, k1, cfg.tau) / 2)
+    torch.manual_seed(5)
+    mask = camae.random_mask(6, 16, 0.75)
+    if cfg.mask_by != "random":
+        mask = camae.idm_mask(model.encoder.attention(view1)[:, 1], 0.75)
+    if cfg.mim:
+        ids = torch.stack([(~row).nonzero().flatten() for row in mask])
+        target = camae.patchify(view1, 4)
+        target = camae.normalize_patches(target) if cfg.norm_pixels else target
+        y = model.decoder(model.encoder(view1, ids), ids)
+        expected["reconstruction"] = (y - target).square()[mask].mean()
+    expected["loss"] = sum(expected.values())
+    torch.manual_seed(5)
+    found = model(view1, view2, HEAD)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].item() == pytest.approx(value.item(), rel=1e-5), name
+    given = model(view1, view2, mask=mask)["loss"].item()
+    assert given == pytest.approx(expected["loss"].item(), rel=1e-5)
+
+
+def test_contrast_alone_with_a_predictor_is_moco_v3():
+    """Its loss is 2τ times the sum of both directions, here it is their mean."""
+    cfg = small("camae", predictor=True, mim=False, freeze_patch=True)
+    model = apart(cfg)
+    f, g, h = model.encoder, model.projector, model.predictor
+    q1, q2 = (F.normalize(h(g(f(x)[:, 0])), dim=1) for x in VIEWS)
+    k1, k2 = (F.normalize(model.momentum_projector(model.momentum_encoder(x)[:, 0]), dim=1)
+              for x in VIEWS)
+    loss = sum(F.cross_entropy(torch.einsum("nc,mc->nm", q, k) / cfg.tau, torch.arange(6))
+               * (2 * cfg.tau) for q, k in ((q1, k2), (q2, k1)))
+    found = model(*VIEWS)
+    found["loss"].backward()
+    assert 4 * cfg.tau * found["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    assert [type(layer).__name__ for layer in h] == [
+        "Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d"]
+    assert h[0].weight.grad.abs().sum() > 0 and f.patch_embed.proj.weight.grad is None
+    assert not list(build(small("camae")).predictor.parameters())   # off by default
+
+
+def test_the_last_norm_of_a_projector_has_no_weights():
+    projector = camae.moco_mlp(48, 96, 96, 32)
+    assert len(projector) == 8 and not list(projector[-1].parameters())
+    assert len(list(projector[1].parameters())) == 2
+    x = normal(64, 48)
+    z = projector(x)
+    assert z.mean(0).abs().max() < 1e-5 and (z.std(0, correction=0) - 1).abs().max() < 1e-2
+    assert torch.equal(projector.eval()(x), z)                      # the statistics of the batch
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_is_the_softmax_in_full(autocast):
+    model, x = build(small("camae")), VIEWS[0][:2]
+    block = model.encoder.blocks[-1]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        tokens, last_block_input = model.encoder(x, return_last_block_input=True)
+        assert torch.equal(tokens, model.encoder.norm(block(last_block_input)))
+        qkv = block.attn.qkv(block.norm1(last_block_input)).float()         # (B, 1 + N, 3·K·d)
+        attention = model.encoder.attention(x)
+    q, k, _ = qkv.unflatten(2, (3, 3, 16)).unbind(2)                        # (B, 1 + N, K, d)
+    assert attention.dtype == torch.float32
+    for head in range(3):
+        full = torch.softmax(q[:, :, head] @ k[:, :, head].mT / 4, 2)       # (B, 1 + N, 1 + N)
+        assert torch.allclose(attention[:, head], full[:, 0, 1:], atol=1e-6)
+
+
+def test_a_mask_without_gradient_leaves_the_weights_theirs_under_autocast():
+    gradients = []
+    for autocast in (False, True):
+        model = build(small("camae", contrast=False, mask_by="idm"))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model(*VIEWS, HEAD)["loss"].backward()
+        gradients.append([p.grad for p in model.encoder.blocks.parameters()])
+    for full, rough in zip(*gradients):
+        assert (full - rough).norm() < 0.2 * full.norm()
+
+
+def test_recompute_gives_equal_gradients():
+    gradients = []
+    for recompute in (False, True):
+        model, seen = build(small("camae", recompute=recompute)), []
+        model.encoder.blocks[0].register_forward_pre_hook(lambda *args: seen.append(1))
+        model(*VIEWS, HEAD)["loss"].backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+        assert len(seen) == (6 if recompute else 3)                 # view1, view2, masked view1
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_mask_of_a_reconstruction_is_made_as_in_training():
+    model, x = build(small("camae")), VIEWS[0]
+    torch.manual_seed(5)
+    masked, _ = model.reconstruct(x)
+    torch.manual_seed(5)
+    head = torch.randint(3, (1,)).item()
+    mask = camae.idm_mask(model.encoder.attention(x)[:, head], 0.75)
+    hidden = camae.unpatchify(mask[:, :, None].expand(-1, -1, 48).float(), 4).bool()
+    assert torch.equal(masked == 0, hidden)
+
+
+@pytest.mark.parametrize("change, frozen", [
+    ({"contrast": False, "predictor": True}, {"projector", "predictor"}),
+    ({"mim": False}, {"decoder"}), ({"freeze_patch": True}, set())], ids=str)
+def test_what_is_left_out_is_frozen(change, frozen, monkeypatch):
+    """DistributedDataParallel needs a gradient for each weight that is not frozen."""
+    model = build(small("camae", **change))
+    for part in frozen:
+        monkeypatch.setattr(getattr(model, part), "forward", None)          # not even computed
+    model(*VIEWS)["loss"].backward()
+    for name, p in model.named_parameters():
+        still = (name.split(".")[0] in frozen | {"momentum_encoder", "momentum_projector"}
+                 or name.startswith("encoder.patch_embed") and "freeze_patch" in change)
+        assert p.requires_grad == (not still), name
+        assert p.grad is None if still else p.grad.abs().sum() > 0, name
+    with pytest.raises(UserError, match="--no-contrast --no-mim"):
+        small("camae", contrast=False, mim=False)
+
+
+def test_views_are_changed_as_often_as_said():
+    x = (255 * torch.rand(300, 3, 16, 16)).byte()
+    none = {"jitter": 0.0, "gray": 0.0, "blur": 0.0, "crop_min": 1.0}
+    for name in ("jitter", "gray", "blur"):
+        views = []
+        for p in (0.0, 0.6):
+            torch.manual_seed(1)                                    # the same crops and flips
+            views.append(camae.views(x, small("camae", **{**none, name: p}))[0])
+        changed = (views[0] - views[1]).abs().amax((1, 2, 3)) > 1e-4
+        assert changed.float().mean().item() == pytest.approx(0.6, abs=0.1), name
+    whole = camae.normalize(x / 255)
+    view, _ = camae.views(x, small("camae", **none))                # nearly whole images
+    error, flipped = ((view - other).square().mean((1, 2, 3)) for other in (whole, whole.flip(3)))
+    assert 100 < (flipped < error).sum() < 200
+    assert not torch.equal(*camae.views(x, small("camae")))
+    assert torch.equal(*camae.views(x, small("camae", contrast=False)))
+
+
+def test_a_head_is_drawn_used_and_noted_without_waiting(monkeypatch):
+    """On the meta device a value that is read and a stray CPU tensor raise."""
+    real = torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda device, *args, **kwargs: (
+        contextlib.nullcontext() if device == "meta" else real(device, *args, **kwargs)))
+    model, plb = build(small("camae", predictor=True)).to("meta"), camae.PLB(3).to("meta")
+    m = plb.draw(0, 0)
+    losses = model(*torch.zeros(2, 6, 3, 16, 16, device="meta"), m)
+    losses["loss"].backward()
+    plb.note(m, losses["reconstruction"])
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        m.item()
+
+
+@pytest.mark.parametrize("mask_by, plb_loss", [("idm", "mean"), ("plb", "sum")])
+def test_training_logs_the_heads_and_moves_the_momentum_networks(
+        mask_by, plb_loss, tmp_path, monkeypatch):
+    forward, alone, told, states = camae.CAMAE.forward, camae.gather, [], []
+    cfg = small("camae", images=32, epochs=3, mask_by=mask_by, plb_loss=plb_loss, momentum=0.9,
+                lr=0.01, out=str(tmp_path / "run"))
+    scale = {"mean": 1, "sum": 12 * 48}[plb_loss]                   # 12 patches are masked
+
+    def forward_and_tell(model, view1, view2, m=None):
+        states.append({name: value.clone() for name, value in model.state_dict().items()})
+        losses = forward(model, view1, view2, m)
+        told.append((m.item() + 1, 2 * scale * losses["reconstruction"].item()))
+        return losses
+
+    def gather(z):  # as if a second process had three times the loss: twice on average
+        return torch.cat([z, 3 * z]) if z.numel() == 1 else alone(z)
+
+    monkeypatch.setattr(camae, "gather", gather)
+    monkeypatch.setattr(camae.CAMAE, "forward", forward_and_tell)
+    monkeypatch.setattr(camae.Run, "draw", lambda run, images: None)        # slow
+    out = camae.train(cfg)                                          # six steps
+    rows = [row for row in csv.DictReader(open(out / "metrics.csv")) if row["p of head 1"]]
+    p, L = (torch.tensor([[float(row[f"{name} of head {m}"]) for m in (1, 2, 3)] for row in rows])
+            for name in ("p", "loss"))
+    state = load_checkpoint(out)
+    assert [row["step"] for row in rows] == ["2", "4", "6"]
+    assert torch.allclose(p[0], torch.full((3,), 1 / 3))
+    for epoch in range(3):
+        for m in {head for head, _ in told[2 * epoch:][:2]}:
+            mine = [loss for head, loss in told[2 * epoch:][:2] if head == m]
+            assert L[epoch, m - 1].item() == pytest.approx(sum(mine) / len(mine), rel=1e-4)
+        after = [*p[1:], state["plb"]["p"]][epoch]
+        filled = torch.where(L[epoch].isnan(), L[epoch].nanmean(), L[epoch])
+        expected = camae.plb_update(p[epoch], filled, 0.99, 0.2) if mask_by == "plb" else p[0]
+        assert torch.allclose(after, expected, atol=1e-6)
+
+    for average, one in (("momentum_encoder.blocks.0.attn.qkv.weight",
+                          "encoder.blocks.0.attn.qkv.weight"),
+                         ("momentum_projector.3.weight", "projector.3.weight")):
+        expected = states[0][average]
+        for step, now in enumerate([*states[1:], state["model"]]):
+            m = 1 - 0.1 * (1 + math.cos(math.pi * step / 6)) / 2
+            expected = m * expected + (1 - m) * now[one]
+            assert torch.allclose(now[average], expected, atol=1e-6)
+            assert not torch.equal(now[average], now[one])
+
+
+def test_contrast_alone_starts_from_a_given_encoder_and_has_no_heads(tmp_path, monkeypatch):
+    monkeypatch.setattr(camae.Run, "draw", lambda run, images: None)        # slow
+    before = build(small("camae", seed=1)).encoder.state_dict()
+    torch.save(before, tmp_path / "encoder.pt")
+    out = camae.train(small("camae", images=32, mim=False, freeze_patch=True, momentum=1.0,
+                            init=str(tmp_path / "encoder.pt"), out=str(tmp_path / "run")))
+    row = list(csv.DictReader(open(out / "metrics.csv")))[0]
+    assert not [name for name in row if "head" in name or name == "reconstruction"]
+    after = load_checkpoint(out)["model"]
+    for name, value in before.items():                              # both branches start from it
+        assert torch.equal(after[f"momentum_encoder.{name}"], value), name
+    name = "patch_embed.proj.weight"                                # frozen
+    assert torch.equal(after[f"encoder.{name}"], before[name])
+    assert not torch.equal(after["encoder.norm.weight"], before["norm.weight"])

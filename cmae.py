@@ -43,6 +43,9 @@ from common import (Batches, Run, RunConfig, autocast, load_data, load_encoder, 
                     run_program, seed_step, start_processes)
 
 
+DECODERS = Literal["transformer", "mlp", "conv", "hybrid-mlp", "hybrid-conv"]
+
+
 @dataclass
 class Config(RunConfig):
     """Hyper-parameters of the paper. Each is a command-line flag."""
@@ -55,7 +58,6 @@ class Config(RunConfig):
     pool: Literal["mean", "cls"] = "mean"  # what of h is projected: patch tokens or class token
     momentum: float = 0.99  # of M_E and M_P, rising to 1 by a half cosine; MoCo v3's
     location_from: Literal["positions", "content"] = "positions"  # Eq. 4: encoded with or without
-    norm_pixels: bool = False  # reconstruct normalised patches, as MAE's best; §3.5: "pixel form"
     heat: Literal["attention", "features"] = "attention"  # what the heat map M is made of, §3.2
     k: float = 0.1  # threshold of M, Eq. 1; ContrastiveCrop's
     alpha: float = 0.6  # crop centres follow Beta(α, α) across I; ContrastiveCrop's
@@ -67,7 +69,7 @@ class Config(RunConfig):
     dim: int = 768  # width D of ViT-Base, §4.2
     depth: int = 12  # blocks of ViT-Base, §4.2
     heads: int = 12  # heads K of ViT-Base, §4.2
-    decoder: Literal["transformer", "mlp", "conv", "hybrid-mlp", "hybrid-conv"] = "transformer"
+    decoder: DECODERS = "transformer"  # kind of its blocks, §3.5; MAE's are transformer blocks
     decoder_depth: int = 8  # blocks of the decoder; MAE's
     decoder_dim: int = 512  # width of the decoder: 512, 256, 128 or 64 in §3.5
     decoder_heads: int = 16  # heads of the decoder; MAE's
@@ -94,11 +96,10 @@ class Config(RunConfig):
         require(self.lam_ctr == 0 or self.batch > 1, "--batch 1 has no negatives; try --lam-ctr 0")
         require(0 < self.crop_min <= 1, "--crop-min must be above 0 and at most 1")
         require(self.alpha > 0 and self.crop_every > 0, "--alpha and --crop-every must be positive")
-        require(self.k <= 1 and self.momentum <= 1, "--k and --momentum must be at most 1")
-        attends = self.decoder == "transformer" or "hybrid" in self.decoder and self.decoder_depth > 1
-        trained = self.lam_con and attends or self.lam_ctr and self.pool == "cls"
-        require(self.heat == "features" or trained or self.crop_from >= self.epochs,
-                "--heat attention needs a class token that a loss trains: take --heat features")
+        require(max(self.k, self.momentum) <= 1, "--k and --momentum must be at most 1")
+        reads_cls = self.lam_con > 0 and self.decoder not in ("mlp", "conv")
+        require(self.heat == "features" or reads_cls or self.pool == "cls",
+                "--heat attention: no loss trains the class token; add --heat features")
 
 
 TINY = Config(k=0.5, crop_from=1, crop_every=2, img=32, patch=4, dim=192, depth=4, heads=3,
@@ -199,19 +200,19 @@ class CMAE(nn.Module):
     """The autoencoder, its moving average and the three tasks, Figure 1."""
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, D = cfg, cfg.dim
-        self.N = (cfg.img // cfg.patch) ** 2
+        self.cfg, self.grid, D = cfg, cfg.img // cfg.patch, cfg.dim             # grid is n
+        self.N = self.grid ** 2
         self.V = self.N - round(cfg.mask * self.N)
         self.encoder = Encoder(cfg.img, cfg.patch, D, cfg.depth, cfg.heads, cfg.pool)  # E
         self.projection = nn.Linear(D, D) if cfg.projection == "linear" else mlp(D, D, D)  # P
         self.projection.apply(init_weights)
-        self.M_E = copy.deepcopy(self.encoder).requires_grad_(False)            # §3.3, equal at first
+        self.M_E = copy.deepcopy(self.encoder).requires_grad_(False)            # §3.3
         self.M_P = copy.deepcopy(self.projection).requires_grad_(False)
         self.location = mlp(D, D, self.N).apply(init_weights)                   # §3.4
         nn.init.zeros_(self.location.fc2.weight)  # else its gradient exceeds the other losses'
-        blocks = decoder_blocks(cfg.decoder, cfg.img, cfg.patch, cfg.decoder_dim,
-                                cfg.decoder_depth, cfg.decoder_heads)
-        self.decoder = Decoder(cfg.img, cfg.patch, D, cfg.decoder_dim, blocks)  # §3.5
+        width = cfg.decoder_dim
+        blocks = decoder_blocks(cfg.decoder, cfg.decoder_depth, width, cfg.decoder_heads, self.grid)
+        self.decoder = Decoder(cfg.img, cfg.patch, D, width, blocks)            # §3.5
         self.projection.requires_grad_(cfg.lam_ctr > 0)
         self.location.requires_grad_(cfg.lam_loc > 0)
         self.decoder.requires_grad_(cfg.lam_con > 0)
@@ -220,7 +221,7 @@ class CMAE(nn.Module):
         """Normalised views (B, 3, H, W) → {"loss": Eq. 6, "contrast": Eq. 3, "location": Eq. 5,
         "reconstruction"}; no term whose weight is 0. Masks (B, N): True is masked; None: random."""
         cfg, V, x_q, x_k = self.cfg, self.V, view1, view2
-        loss, losses = 0, {}
+        L_ctr, L_loc, L_con, losses = 0, 0, 0, {}
         if mask_q is None:
             mask_q = random_mask(len(x_q), self.N, cfg.mask, x_q.device)        # §3.3, (B, N)
         order_q = visible_first(mask_q)                                         # (B, N)
@@ -234,11 +235,10 @@ class CMAE(nn.Module):
             with torch.no_grad():                                               # detach of Eq. 2
                 q2 = self.encoder(x_q, masked_ids)                              # (B, 1 + N - V, D)
                 k1, k2 = self.M_E(x_k, order_k[:, :V]), self.M_E(x_k, order_k[:, V:])
-            h1, h2 = restore(q1, q2, order_q), restore(k1, k2, order_k)         # Eq. 2, (B, 1 + N, D)
+            h1, h2 = restore(q1, q2, order_q), restore(k1, k2, order_k)         # Eq. 2
             z_q = gather(self.projection(self.encoder.vector(h1)))              # (world·B, D)
             z_k = gather(self.M_P(self.M_E.vector(h2)))                         # (world·B, D)
-            losses["contrast"] = info_nce_loss(z_q, z_k, cfg.tau)               # Eq. 3
-            loss = loss + cfg.lam_ctr * losses["contrast"]                      # Eq. 6
+            losses["contrast"] = L_ctr = info_nce_loss(z_q, z_k, cfg.tau)       # Eq. 3
 
         if cfg.lam_loc > 0:
             tokens = q1
@@ -246,15 +246,13 @@ class CMAE(nn.Module):
                 tokens = self.encoder(x_q, visible_ids, add_positions=False)
             with torch.autocast(x_q.device.type, enabled=False):  # bfloat16 would round p near t
                 p = self.location(tokens[:, 1:].float())                        # Eq. 4, (B, V, N)
-            losses["location"] = location_loss(p, visible_ids)                  # Eq. 5
-            loss = loss + cfg.lam_loc * losses["location"]                      # Eq. 6
+            losses["location"] = L_loc = location_loss(p, visible_ids)          # Eq. 5
 
         if cfg.lam_con > 0:
             y = self.decoder(q1, visible_ids)                                   # §3.5, (B, N, P)
-            target = patchify(x_q, cfg.patch)                                   # (B, N, P)
-            target = normalize_patches(target) if cfg.norm_pixels else target
-            losses["reconstruction"] = reconstruction_loss(y, target, mask_q)   # §3.5
-            loss = loss + cfg.lam_con * losses["reconstruction"]                # Eq. 6
+            L_con = reconstruction_loss(y, patchify(x_q, cfg.patch), mask_q)    # §3.5
+            losses["reconstruction"] = L_con
+        loss = cfg.lam_ctr * L_ctr + cfg.lam_loc * L_loc + cfg.lam_con * L_con  # Eq. 6
         return {"loss": loss, **losses}
 
     def heat(self, x):
@@ -264,22 +262,18 @@ class CMAE(nn.Module):
         else:
             tokens = self.encoder.blocks[-1](self.encoder.last_block_input(x))  # before the norm
             heat = tokens[:, 1:].abs().mean(2)                                  # (B, N)
-        low, high = heat.amin(1, keepdim=True), heat.amax(1, keepdim=True)
-        heat = (heat - low) / (high - low).clamp(min=1e-12)
-        return heat.unflatten(1, (math.isqrt(self.N), -1))
+        heat = heat - heat.amin(1, keepdim=True)
+        heat = heat / heat.amax(1, keepdim=True).clamp(min=1e-12)
+        return heat.unflatten(1, (self.grid, self.grid))
 
     @torch.no_grad()
     def reconstruct(self, x):
-        """Normalised images (B, 3, H, W) → (masked input, prediction), both normalised images.
-
-        Visible patches are shown as they are. With --norm-pixels each predicted patch gets its true
-        mean and deviation.
-        """
+        """Normalised images (B, 3, H, W) → (masked input, prediction), both normalised images. The
+        visible patches of the prediction are the true ones."""
         p, patches = self.cfg.patch, patchify(x, self.cfg.patch)                # (B, N, P)
         mask = random_mask(len(x), self.N, self.cfg.mask, x.device)             # (B, N)
         visible_ids = visible_first(mask)[:, :self.V]                           # (B, V)
         y = self.decoder(self.encoder(x, visible_ids), visible_ids).float()     # (B, N, P)
-        y = denormalize_patches(y, patches) if self.cfg.norm_pixels else y
         y = torch.where(mask[:, :, None], y, patches)
         return unpatchify(patches.masked_fill(mask[:, :, None], 0), p), unpatchify(y, p)
 
@@ -350,9 +344,9 @@ def train(cfg):
         epoch, i = divmod(step, len(batches))
         if i == 0 and epoch in range(cfg.crop_from, epoch + 1, cfg.crop_every):  # §3.1
             boxes.locate(model, train_set.pixels, device)
+            area = (boxes.boxes[:, 2:] - boxes.boxes[:, :2]).prod(1).mean()
             if rank == 0:
-                area = (boxes.boxes[:, 2:] - boxes.boxes[:, :2]).prod(1).mean()
-                run.tell(f"epoch {epoch}: boxes of ContrastiveCrop cover {area:.0%} of the images")
+                run.tell(f"epoch {epoch}: boxes cover {area:.0%} of the images")
         I = boxes.boxes[batches.ids(step)] if epoch >= cfg.crop_from else None   # (B, 4)
         view1, view2 = views(batches[step], cfg, I)
         with autocast(device, cfg.amp):
@@ -406,16 +400,6 @@ def patchify(x, p):
 def unpatchify(x, p):
     """Patches (B, N, P) of a square image → (B, 3, H, W)."""
     return F.pixel_shuffle(x.mT.unflatten(2, (math.isqrt(x.shape[1]), -1)), p)
-
-
-def normalize_patches(patches):
-    """Each patch of (B, N, P) to mean 0 and standard deviation 1, as in MAE."""
-    return (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
-
-
-def denormalize_patches(pred, patches):
-    """Gives normalised predictions (B, N, P) the mean and deviation of the true `patches`."""
-    return pred * (patches.var(2, keepdim=True) + 1e-6).sqrt() + patches.mean(2, keepdim=True)
 
 
 def sincos_pos_embed(dim, grid):
@@ -530,8 +514,7 @@ class Encoder(nn.Module):
         return self.vector(self(x))
 
     def attention(self, x):
-        """Attention of the class token to the patches in the last block, (B, 3, H, W) →
-        (B, K, N)."""
+        """The class token's attention in the last block, (B, 3, H, W) → (B, K, N)."""
         return class_attention(self.blocks[-1], self.last_block_input(x))
 
 
@@ -565,15 +548,12 @@ class ConvBlock(nn.Module):
         return x + F.pad(tokens, (0, 0, 1, 0))                                  # class token: + 0
 
 
-def decoder_blocks(kind, img, patch, width, depth, heads):
-    """Blocks of the decoders of §3.5: all of one kind, but in a hybrid only the middle one."""
+def decoder_blocks(kind, depth, width, heads, grid):
+    """Blocks of the decoders of §3.5. A hybrid replaces the middle block of a transformer."""
     make = {"transformer": lambda: Block(width, heads), "mlp": lambda: MlpBlock(width, 4 * width),
-            "conv": lambda: ConvBlock(width, img // patch)}
-    kinds = [kind] * depth
-    if kind.startswith("hybrid-"):
-        kinds = ["transformer"] * depth
-        kinds[depth // 2] = kind.removeprefix("hybrid-")
-    return [make[name]() for name in kinds]
+            "conv": lambda: ConvBlock(width, grid)}
+    middle, rest = kind.removeprefix("hybrid-"), "transformer" if "hybrid" in kind else kind
+    return [make[middle if i == depth // 2 else rest]() for i in range(depth)]
 
 
 class Decoder(nn.Module):

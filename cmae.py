@@ -8,7 +8,7 @@ Location: the position of each visible token is predicted. E also decides where 
 
 One training step on B images of N patches, V visible, D the width of a token:
     I = box around the patches where the heat map of E is above k  # Eq. 1  (B, 4), from epoch 60 on
-    x_q, x_k = two crops of each, centred in I, flipped       # §3.2  (B, 3, 64, 64), normalised
+    x_q, x_k = two crops of each, centred in I, flipped       # §3.2  (B, 3, 224, 224)
     q1, q2 = E(visible of x_q), detach(E(masked of x_q))      # §3.3  (B, 1 + V, D), (B, 1 + N - V, D)
     k1, k2 = M_E(visible of x_k), M_E(masked of x_k)          # §3.3  the same shapes
     h1, h2 = restore([q1, q2]), restore([k1, k2])             # Eq. 2 (B, 1 + N, D)
@@ -64,8 +64,8 @@ class Config(RunConfig):
     crop_from: int = 60  # epochs before the first boxes; a fifth of 300, as in ContrastiveCrop
     crop_every: int = 60  # epochs from one computation of the boxes to the next; ContrastiveCrop's
     crop_min: float = 0.2  # smallest crop, fraction of the area; MAE's
-    img: int = 64  # side of the views in pixels; the images' own, §4.1
-    patch: int = 8  # side of a patch in pixels; a choice made here
+    img: int = 224  # side of the views in pixels; inferred: MAE's, the images have 64, §4.1
+    patch: int = 16  # side of a patch in pixels; inferred: MAE's
     dim: int = 768  # width D of ViT-Base, §4.2
     depth: int = 12  # blocks of ViT-Base, §4.2
     heads: int = 12  # heads K of ViT-Base, §4.2
@@ -75,9 +75,9 @@ class Config(RunConfig):
     decoder_heads: int = 16  # heads of the decoder; MAE's
     epochs: float = 300  # passes over the data, §4.2
     batch: int = 64  # images per step and process, §4.2
-    lr: float = 1e-3  # base learning rate, §4.2; for a batch of 256, as in MAE
+    lr: float = 1e-3  # base learning rate, §4.2; inferred: for a batch of 256, as MAE's
     wd: float = 0.05  # weight decay, §4.2
-    warmup: float = 40.0  # epochs of linear warm-up; MAE's
+    warmup: float = 40.0  # epochs of linear warm-up; inferred: MAE's
 
     def __post_init__(self):
         super().__post_init__()

@@ -192,6 +192,8 @@ def restore(q1, q2, order):
     in the order of the patches: (B, 1 + N, D). order (B, N): their patches. The class token is the
     mean of both. Eq. 2"""
     x = torch.cat([q1[:, 1:], q2[:, 1:]], 1)                                    # concat, (B, N, D)
+    # Both --pool readings ignore this order. It matters if P reads the flattened h, or if Eq. 3
+    # contrasts token by token.
     x = x.take_along_dim(order.argsort(1)[..., None], 1)                        # restore
     return torch.cat([(q1[:, :1] + q2[:, :1]) / 2, x], 1)
 

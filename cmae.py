@@ -12,7 +12,8 @@ One training step on B images of N patches, V visible, D the width of a token:
     q1, q2 = E(visible of x_q), detach(E(masked of x_q))      # §3.3  (B, 1 + V, D), (B, 1 + N - V, D)
     k1, k2 = M_E(visible of x_k), M_E(masked of x_k)          # §3.3  the same shapes
     h1, h2 = restore([q1, q2]), restore([k1, k2])             # Eq. 2 (B, 1 + N, D)
-    L_ctr = InfoNCE(P(mean of h1), M_P(mean of h2))           # Eq. 3 a scalar
+    z_q, z_k = P(mean of h1), M_P(mean of h2), L2-normalised  # §3.3  (B, D)
+    L_ctr = InfoNCE(z_q, z_k)                                 # Eq. 3 a scalar
     L_loc = ‖MLP(q1) - t‖, t: positions, one-hot              # Eq. 4, 5 a scalar, from (B, V, N)
     L_con = MSE(decoder(q1), x_q), masked patches only        # §3.5  a scalar
     step of AdamW on λ_ctr·L_ctr + λ_loc·L_loc + λ_con·L_con  # Eq. 6
@@ -58,6 +59,7 @@ class Config(RunConfig):
     pool: Literal["mean", "cls"] = "mean"  # what of h is projected: patch tokens or class token
     momentum: float = 0.99  # of M_E and M_P, rising to 1 by a half cosine; MoCo v3's
     location_from: Literal["positions", "content"] = "positions"  # Eq. 4: encoded with or without
+    location_norm: Literal["norm", "squared"] = "norm"  # Eq. 5: as printed, or its square
     heat: Literal["attention", "features"] = "attention"  # what the heat map M is made of, §3.2
     k: float = 0.1  # threshold of M, Eq. 1; ContrastiveCrop's
     alpha: float = 0.6  # crop centres follow Beta(α, α) across I; ContrastiveCrop's
@@ -246,9 +248,10 @@ class CMAE(nn.Module):
             tokens = q1
             if cfg.location_from == "content":
                 tokens = self.encoder(x_q, visible_ids, add_positions=False)
+            squared = cfg.location_norm == "squared"
             with torch.autocast(x_q.device.type, enabled=False):  # bfloat16 would round p near t
                 p = self.location(tokens[:, 1:].float())                        # Eq. 4, (B, V, N)
-            losses["location"] = L_loc = location_loss(p, visible_ids)          # Eq. 5
+            losses["location"] = L_loc = location_loss(p, visible_ids, squared)  # Eq. 5
 
         if cfg.lam_con > 0:
             y = self.decoder(q1, visible_ids)                                   # §3.5, (B, N, P)
@@ -286,14 +289,16 @@ Model = CMAE
 def info_nce_loss(q, k, tau):
     """InfoNCE of each q[i] with its positive k[i] among all k, rows (B, D). Eq. 3"""
     with torch.autocast(q.device.type, enabled=False):
+        # Eq. 3 prints a plain dot product; [32], from which τ is, has L2-normalised vectors.
         logits = F.normalize(q.float(), dim=1) @ F.normalize(k.float(), dim=1).mT / tau
         return F.cross_entropy(logits, torch.arange(len(q), device=q.device))   # Eq. 3
 
 
-def location_loss(p, positions):
-    """Distance of the predictions p (B, V, N) from the true positions (B, V), one-hot. Eq. 5"""
+def location_loss(p, positions, squared=False):
+    """Mean distance of the predictions p (B, V, N) from the true positions (B, V), one-hot. Eq. 5"""
     t = F.one_hot(positions, p.shape[2])                                        # (B, V, N)
-    return (p.float() - t).norm(dim=2).mean()                                   # Eq. 5
+    distance = (p.float() - t).norm(dim=2)                                      # Eq. 5, (B, V)
+    return (distance.square() if squared else distance).mean()
 
 
 def reconstruction_loss(pred, target, mask):

@@ -1,26 +1,26 @@
 """CMAE: Jiawei Mao, Xuesong Yin, Yuanqi Chang and Honggu Zhou, "Improvements to Self-Supervised
-Representation Learning for Masked Image Modeling", arXiv 2205.10546, 2022. (The CMAE of Huang et
-al., arXiv 2207.13532, is another method.)
+Representation Learning for Masked Image Modeling", arXiv 2205.10546, 2022. The CMAE of Huang et
+al., arXiv 2207.13532, is another method.
 
-A masked autoencoder whose encoder E has two more tasks. Contrast: E encodes the visible and the
-masked patches of one view, its moving average M_E those of another, and both views are compared.
-Location: the position of each visible token is predicted. E also decides where images are cropped.
+A masked autoencoder whose encoder E has two more tasks: contrast of a view, of which E encodes the
+visible and the masked patches separately, with another view, encoded by E's moving average M_E; and
+prediction of the position of each visible token. E also decides where the images are cropped.
 
 One training step on B images of N patches, V visible, D the width of a token:
-    I = box around the patches where the heat map of E is above k  # Eq. 1  (B, 4), from epoch 60 on
-    x_q, x_k = two crops of each, centred in I, flipped       # §3.2  (B, 3, 224, 224)
-    q1, q2 = E(visible of x_q), detach(E(masked of x_q))      # §3.3  (B, 1 + V, D), (B, 1 + N - V, D)
-    k1, k2 = M_E(visible of x_k), M_E(masked of x_k)          # §3.3  the same shapes
-    h1, h2 = restore([q1, q2]), restore([k1, k2])             # Eq. 2 (B, 1 + N, D)
-    z_q, z_k = P(mean of h1), M_P(mean of h2), L2-normalised  # §3.3  (B, D)
-    L_ctr = InfoNCE(z_q, z_k)                                 # Eq. 3 a scalar
-    L_loc = ‖MLP(q1) - t‖, t: positions, one-hot              # Eq. 4, 5 a scalar, from (B, V, N)
-    L_con = MSE(decoder(q1), x_q), masked patches only        # §3.5  a scalar
+    I = rectangle around what E's heat map M has above k      # Eq. 1     (B, 4), from epoch 60 on
+    x_q, x_k = two crops of each, around I, flipped           # §3.2      (B, 3, 224, 224)
+    q1, q2 = E(visible of x_q), detach(E(masked of x_q))      # §3.3      (B, 1+V, D), (B, 1+N-V, D)
+    k1, k2 = M_E(visible of x_k), M_E(masked of x_k)          # §3.3      the same shapes
+    h1, h2 = restore([q1, q2]), restore([k1, k2])             # Eq. 2     (B, 1+N, D)
+    z_q, z_k = P(mean of h1), M_P(mean of h2), L2-normalised  # §3.3      (B, D)
+    L_ctr = InfoNCE(z_q, z_k)                                 # Eq. 3     a scalar
+    L_loc = ‖p - t‖, p = MLP(q1), t: one-hot positions        # Eq. 4, 5  a scalar, from (B, V, N)
+    L_con = MSE(decoder(q1), x_q), masked patches only        # §3.5      a scalar
     step of AdamW on λ_ctr·L_ctr + λ_loc·L_loc + λ_con·L_con  # Eq. 6
     M_E, M_P ← m·(M_E, M_P) + (1 - m)·(E, P)                  # §3.3
 
-The paper leaves open, and may change the result: --location-from, --pool, --projection, --patch,
---tau, --heat, --k, --lr, --decoder. papers/cmae.md has every choice, symbol and misprint.
+The paper leaves open, and may change the result: --location-from, --location-norm, --pool,
+--projection, --k, --heat, --img, --decoder. papers/cmae.md has every choice, symbol and misprint.
 
     python cmae.py --data tiny-imagenet          the paper's run (not yet run on a GPU)
     python cmae.py --tiny --data shapes          a first look on a laptop
@@ -58,20 +58,20 @@ class Config(RunConfig):
     projection: Literal["linear", "mlp"] = "linear"  # P of §3.3: one layer, or MoCo v2's two
     pool: Literal["mean", "cls"] = "mean"  # what of h is projected: patch tokens or class token
     momentum: float = 0.99  # of M_E and M_P, rising to 1 by a half cosine; MoCo v3's
-    location_from: Literal["positions", "content"] = "positions"  # Eq. 4: encoded with or without
+    location_from: Literal["positions", "content"] = "positions"  # in q1 of Eq. 4, or not
     location_norm: Literal["norm", "squared"] = "norm"  # Eq. 5: as printed, or its square
     heat: Literal["attention", "features"] = "attention"  # what the heat map M is made of, §3.2
-    k: float = 0.1  # threshold of M, Eq. 1; ContrastiveCrop's
+    k: float = 0.1  # threshold of M, Eq. 1. Measured: boxes cover 96 % of an image, with 0.7 48 %
     alpha: float = 0.6  # crop centres follow Beta(α, α) across I; ContrastiveCrop's
-    crop_from: int = 60  # epochs before the first boxes; a fifth of 300, as in ContrastiveCrop
-    crop_every: int = 60  # epochs from one computation of the boxes to the next; ContrastiveCrop's
+    crop_from: int = 60  # epochs before the first boxes; ContrastiveCrop's fifth of all
+    crop_every: int = 60  # epochs between computations of the boxes; the same fifth
     crop_min: float = 0.2  # smallest crop, fraction of the area; MAE's
     img: int = 224  # side of the views in pixels; inferred: MAE's, the images have 64, §4.1
     patch: int = 16  # side of a patch in pixels; inferred: MAE's
     dim: int = 768  # width D of ViT-Base, §4.2
     depth: int = 12  # blocks of ViT-Base, §4.2
     heads: int = 12  # heads K of ViT-Base, §4.2
-    decoder: DECODERS = "transformer"  # kind of its blocks, §3.5; MAE's are transformer blocks
+    decoder: DECODERS = "transformer"  # kind of its blocks, §3.5
     decoder_depth: int = 8  # blocks of the decoder; MAE's
     decoder_dim: int = 512  # width of the decoder: 512, 256, 128 or 64 in §3.5
     decoder_heads: int = 16  # heads of the decoder; MAE's
@@ -92,15 +92,16 @@ class Config(RunConfig):
         require(self.decoder_dim % (4 * self.decoder_heads) == 0, f"--decoder-dim "
                 f"{self.decoder_dim} must be a multiple of 4 times --decoder-heads")
         require(self.warmup < self.epochs, f"--warmup {self.warmup} must be below --epochs")
-        require(self.tau > 0, "--tau must be positive")
+        require(min(self.tau, self.alpha, self.crop_every) > 0,
+                "--tau, --alpha and --crop-every must be positive")
         require(self.lam_ctr + self.lam_loc + self.lam_con > 0,
-                "--lam-ctr, --lam-loc and --lam-con must not all be 0")
+                "one of --lam-ctr, --lam-loc, --lam-con must be positive")
         require(self.lam_ctr == 0 or self.batch > 1, "--batch 1 has no negatives; try --lam-ctr 0")
         require(0 < self.crop_min <= 1, "--crop-min must be above 0 and at most 1")
-        require(self.alpha > 0 and self.crop_every > 0, "--alpha and --crop-every must be positive")
         require(max(self.k, self.momentum) <= 1, "--k and --momentum must be at most 1")
-        reads_cls = self.lam_con > 0 and self.decoder not in ("mlp", "conv")
-        require(self.heat == "features" or reads_cls or self.pool == "cls",
+        trained = (self.lam_ctr > 0 and self.pool == "cls") or (
+            self.lam_con > 0 and self.decoder not in ("mlp", "conv"))
+        require(self.heat == "features" or trained,
                 "--heat attention: no loss trains the class token; add --heat features")
 
 
@@ -109,14 +110,14 @@ TINY = Config(k=0.5, crop_from=1, crop_every=2, img=32, patch=4, dim=192, depth=
               eval_every=1, tiny=True)
 
 
-# The paper, §3. B: images. N = n·n: patches of an image. V: visible ones. P, in shapes: values of a
-# patch. H = W = img. The small functions and classes it is made of are at the end of the file.
+# The paper, §3. B: images. N = n·n: patches of an image. V: visible ones. P, in shapes: values of
+# a patch. H = W = img. Encoder, Decoder and other parts: end of the file.
 
 def views(images, cfg, boxes=None):
     """Two crops of each image, each flipped with probability 1/2. §3.2
 
-    images: uint8 (B, 3, S, S) or a batch of Batches. boxes (B, 4): I of Eq. 1; None: crops of the
-    whole image. Returns x_q and x_k, normalised, (B, 3, img, img).
+    images: uint8 (B, 3, S, S) or a batch of Batches. boxes (B, 4): I of Eq. 1; None: plain crops.
+    Returns x_q and x_k, normalised, (B, 3, img, img).
     """
     def augment():
         scale = (cfg.crop_min, 1.0)
@@ -127,11 +128,11 @@ def views(images, cfg, boxes=None):
 
 
 def contrastive_crop(images, size, scale, boxes, alpha):
-    """R_crop(s, r, I) of Eq. 1: random crops with centres in the boxes I (B, 4), as far as the
-    crops fit into the image, resized to (B, 3, size, size)."""
+    """R_crop(s, r, I) of Eq. 1: random crops (B, 3, size, size) with centres in the boxes I
+    (B, 4), moved where they do not fit into the image."""
     H, W = getattr(images, "pixels", images).shape[2:]
-    _, _, height, width = crop_boxes(images, scale)                             # by s and r
-    I_top, I_left, I_bottom, I_right = boxes.unbind(1)                          # (B,) each
+    _, _, height, width = crop_boxes(images, scale)  # by s and r
+    I_top, I_left, I_bottom, I_right = boxes.unbind(1)  # (B,) each
     down, across = torch.distributions.Beta(alpha, alpha).sample((2, len(images)))
     top = crop_start(I_top, I_bottom, height / H, down) * H
     left = crop_start(I_left, I_right, width / W, across) * W
@@ -139,21 +140,20 @@ def contrastive_crop(images, size, scale, boxes, alpha):
 
 
 def crop_start(low, high, length, t):
-    """Starts of crops of this length: at t = 0 the centre is at `low`, at t = 1 at `high`. Both
-    are moved so that the crop fits into the image. All (B,), fractions of the side."""
-    low = (low - length / 2).clamp(min=0).minimum(1 - length)
-    high = (high - length / 2).clamp(min=0).minimum(1 - length)
-    return torch.lerp(low, high, t)
+    """Starts of crops of a length: with t = 0 centred at `low`, with t = 1 at `high`, both moved
+    into the image. All are fractions of the side, (B,)."""
+    first, last = ((x - length / 2).clamp(min=0).minimum(1 - length) for x in (low, high))
+    return torch.lerp(first, last, t)
 
 
 def semantic_boxes(heat, k):
-    """I = F(1[M > k]) of Eq. 1: the rectangle around the patches of M (B, n, n) above k. Returns
-    top, left, bottom, right (B, 4) as fractions of the side; the whole image where none is."""
-    hot, n = heat > k, heat.shape[1]                                            # 1[M > k]
-    rows, columns = hot.any(2).int(), hot.any(1).int()                          # (B, n)
-    top, left = rows.argmax(1), columns.argmax(1)                               # the first
-    bottom, right = n - rows.flip(1).argmax(1), n - columns.flip(1).argmax(1)   # behind the last
-    return torch.stack([top, left, bottom, right], 1) / n                       # Eq. 1
+    """I = F(1[M > k]) of Eq. 1: the rectangle around the patches of the heat map M (B, n, n) that
+    are above k, or all if none is. (B, 4): top, left, bottom, right, fractions of the side."""
+    hot, n = heat > k, heat.shape[1]  # 1[M > k]
+    rows, columns = hot.any(2).int(), hot.any(1).int()  # (B, n)
+    top, left = rows.argmax(1), columns.argmax(1)  # the first
+    bottom, right = n - rows.flip(1).argmax(1), n - columns.flip(1).argmax(1)  # behind the last
+    return torch.stack([top, left, bottom, right], 1) / n  # Eq. 1
 
 
 class Boxes(nn.Module):
@@ -164,8 +164,7 @@ class Boxes(nn.Module):
 
     @torch.no_grad()
     def locate(self, model, pixels, device):
-        """Computes all boxes from the model's heat maps of the whole images, uint8 pixels
-        (images, 3, S, S). Every process computes all."""
+        """Computes all boxes from the heat maps of the whole images, pixels (images, 3, S, S)."""
         S = pixels.shape[2]
         for ids in torch.arange(len(pixels)).split(250):
             whole = [torch.full_like(ids, side) for side in (0, 0, S, S)]
@@ -190,13 +189,12 @@ def take(x, ids):
 
 
 def restore(q1, q2, order):
-    """Puts the tokens of the visible patches (B, 1 + V, D) and of the masked ones (B, 1 + N - V, D)
-    in the order of the patches: (B, 1 + N, D). order (B, N): their patches. The class token is the
-    mean of both. Eq. 2"""
-    x = torch.cat([q1[:, 1:], q2[:, 1:]], 1)                                    # concat, (B, N, D)
-    # Both --pool readings ignore this order. It matters if P reads the flattened h, or if Eq. 3
-    # contrasts token by token.
-    x = x.take_along_dim(order.argsort(1)[..., None], 1)                        # restore
+    """Tokens of the visible and the masked patches, (B, 1 + V, D) and (B, 1 + N - V, D), of which
+    order (B, N) holds the ids → (B, 1 + N, D), first the mean of both class tokens. Eq. 2"""
+    x = torch.cat([q1[:, 1:], q2[:, 1:]], 1)  # concat, (B, N, D)
+    # No effect if h is pooled, as here (--pool). It matters if P reads the flattened h, or if
+    # Eq. 3 contrasts token by token.
+    x = x.take_along_dim(order.argsort(1)[..., None], 1)  # restore
     return torch.cat([(q1[:, :1] + q2[:, :1]) / 2, x], 1)
 
 
@@ -204,19 +202,19 @@ class CMAE(nn.Module):
     """The autoencoder, its moving average and the three tasks, Figure 1."""
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.grid, D = cfg, cfg.img // cfg.patch, cfg.dim             # grid is n
+        self.cfg, self.grid, D = cfg, cfg.img // cfg.patch, cfg.dim  # grid is n
         self.N = self.grid ** 2
         self.V = self.N - round(cfg.mask * self.N)
         self.encoder = Encoder(cfg.img, cfg.patch, D, cfg.depth, cfg.heads, cfg.pool)  # E
         self.projection = nn.Linear(D, D) if cfg.projection == "linear" else mlp(D, D, D)  # P
         self.projection.apply(init_weights)
-        self.M_E = copy.deepcopy(self.encoder).requires_grad_(False)            # §3.3
+        self.M_E = copy.deepcopy(self.encoder).requires_grad_(False)  # §3.3
         self.M_P = copy.deepcopy(self.projection).requires_grad_(False)
-        self.location = mlp(D, D, self.N).apply(init_weights)                   # §3.4
-        nn.init.zeros_(self.location.fc2.weight)  # else its gradient exceeds the other losses'
+        self.location = mlp(D, D, self.N).apply(init_weights)  # §3.4
+        nn.init.zeros_(self.location.fc2.weight)  # else its gradient is the largest by far
         width = cfg.decoder_dim
         blocks = decoder_blocks(cfg.decoder, cfg.decoder_depth, width, cfg.decoder_heads, self.grid)
-        self.decoder = Decoder(cfg.img, cfg.patch, D, width, blocks)            # §3.5
+        self.decoder = Decoder(cfg.img, cfg.patch, D, width, blocks)  # §3.5
         self.projection.requires_grad_(cfg.lam_ctr > 0)
         self.location.requires_grad_(cfg.lam_loc > 0)
         self.decoder.requires_grad_(cfg.lam_con > 0)
@@ -242,16 +240,15 @@ class CMAE(nn.Module):
             h1, h2 = restore(q1, q2, order_q), restore(k1, k2, order_k)         # Eq. 2
             z_q = gather(self.projection(self.encoder.vector(h1)))              # (world·B, D)
             z_k = gather(self.M_P(self.M_E.vector(h2)))                         # (world·B, D)
-            losses["contrast"] = L_ctr = info_nce_loss(z_q, z_k, cfg.tau)       # Eq. 3
+            L_ctr = losses["contrast"] = info_nce_loss(z_q, z_k, cfg.tau)       # Eq. 3
 
         if cfg.lam_loc > 0:
             tokens = q1
             if cfg.location_from == "content":
                 tokens = self.encoder(x_q, visible_ids, add_positions=False)
-            squared = cfg.location_norm == "squared"
             with torch.autocast(x_q.device.type, enabled=False):  # bfloat16 would round p near t
                 p = self.location(tokens[:, 1:].float())                        # Eq. 4, (B, V, N)
-            losses["location"] = L_loc = location_loss(p, visible_ids, squared)  # Eq. 5
+            L_loc = losses["location"] = location_loss(p, visible_ids, cfg.location_norm)  # Eq. 5
 
         if cfg.lam_con > 0:
             y = self.decoder(q1, visible_ids)                                   # §3.5, (B, N, P)
@@ -263,22 +260,22 @@ class CMAE(nn.Module):
     def heat(self, x):
         """Normalised images (B, 3, H, W) → the heat map M of Eq. 1, (B, n, n), from 0 to 1."""
         if self.cfg.heat == "attention":
-            heat = self.encoder.attention(x).mean(1)                            # (B, N)
+            heat = self.encoder.attention(x).mean(1)  # (B, N)
         else:
             tokens = self.encoder.blocks[-1](self.encoder.last_block_input(x))  # before the norm
-            heat = tokens[:, 1:].abs().mean(2)                                  # (B, N)
+            heat = tokens[:, 1:].abs().mean(2)  # (B, N)
         heat = heat - heat.amin(1, keepdim=True)
         heat = heat / heat.amax(1, keepdim=True).clamp(min=1e-12)
         return heat.unflatten(1, (self.grid, self.grid))
 
     @torch.no_grad()
     def reconstruct(self, x):
-        """Normalised images (B, 3, H, W) → (masked input, prediction), both normalised images. The
-        visible patches of the prediction are the true ones."""
-        p, patches = self.cfg.patch, patchify(x, self.cfg.patch)                # (B, N, P)
-        mask = random_mask(len(x), self.N, self.cfg.mask, x.device)             # (B, N)
-        visible_ids = visible_first(mask)[:, :self.V]                           # (B, V)
-        y = self.decoder(self.encoder(x, visible_ids), visible_ids).float()     # (B, N, P)
+        """Normalised images (B, 3, H, W) → (masked input, prediction), both normalised images.
+        Visible patches are shown as they are."""
+        p, patches = self.cfg.patch, patchify(x, self.cfg.patch)  # (B, N, P)
+        mask = random_mask(len(x), self.N, self.cfg.mask, x.device)
+        visible_ids = visible_first(mask)[:, :self.V]
+        y = self.decoder(self.encoder(x, visible_ids), visible_ids).float()  # (B, N, P)
         y = torch.where(mask[:, :, None], y, patches)
         return unpatchify(patches.masked_fill(mask[:, :, None], 0), p), unpatchify(y, p)
 
@@ -289,21 +286,21 @@ Model = CMAE
 def info_nce_loss(q, k, tau):
     """InfoNCE of each q[i] with its positive k[i] among all k, rows (B, D). Eq. 3"""
     with torch.autocast(q.device.type, enabled=False):
-        # Eq. 3 prints a plain dot product; [32], from which τ is, has L2-normalised vectors.
+        # Eq. 3 prints a plain dot product. [32], cited for τ, normalises the vectors.
         logits = F.normalize(q.float(), dim=1) @ F.normalize(k.float(), dim=1).mT / tau
-        return F.cross_entropy(logits, torch.arange(len(q), device=q.device))   # Eq. 3
+        return F.cross_entropy(logits, torch.arange(len(q), device=q.device))  # Eq. 3
 
 
-def location_loss(p, positions, squared=False):
-    """Mean distance of the predictions p (B, V, N) from the true positions (B, V), one-hot. Eq. 5"""
-    t = F.one_hot(positions, p.shape[2])                                        # (B, V, N)
-    distance = (p.float() - t).norm(dim=2)                                      # Eq. 5, (B, V)
-    return (distance.square() if squared else distance).mean()
+def location_loss(p, positions, norm="norm"):
+    """Mean distance of predictions p (B, V, N) from the true positions (B, V), one-hot. Eq. 5"""
+    t = F.one_hot(positions, p.shape[2])  # (B, V, N)
+    distance = (p.float() - t).norm(dim=2)  # Eq. 5, (B, V)
+    return (distance.square() if norm == "squared" else distance).mean()
 
 
 def reconstruction_loss(pred, target, mask):
     """Mean squared error of (B, N, P) over the patches where mask (B, N) is True: L_con of §3.5"""
-    error = (pred.float() - target.float()).square().mean(2)                    # (B, N)
+    error = (pred.float() - target.float()).square().mean(2)  # (B, N)
     return (error * mask).sum() / mask.sum()
 
 
@@ -351,8 +348,8 @@ def train(cfg):
         epoch, i = divmod(step, len(batches))
         if i == 0 and epoch in range(cfg.crop_from, epoch + 1, cfg.crop_every):  # §3.1
             boxes.locate(model, train_set.pixels, device)
-            area = (boxes.boxes[:, 2:] - boxes.boxes[:, :2]).prod(1).mean()
             if rank == 0:
+                area = (boxes.boxes[:, 2:] - boxes.boxes[:, :2]).prod(1).mean()
                 run.tell(f"epoch {epoch}: boxes cover {area:.0%} of the images")
         I = boxes.boxes[batches.ids(step)] if epoch >= cfg.crop_from else None   # (B, 4)
         view1, view2 = views(batches[step], cfg, I)
@@ -377,7 +374,6 @@ def train(cfg):
 
 
 # Parts. K heads, each d = D/K wide. width: the decoder's.
-
 
 @torch.no_grad()
 def ema(average, model, m):
@@ -504,8 +500,8 @@ class Encoder(nn.Module):
         return x
 
     def forward(self, x, ids=None, add_positions=True):
-        """Images (B, 3, H, W) → (B, 1 + V, D), class token first. ids (B, V): the patches that are
-        encoded; None: all N."""
+        """Images (B, 3, H, W) → (B, 1 + V, D), class token first, of the patches ids (B, V); None:
+        all N."""
         return self.norm(self.blocks[-1](self.last_block_input(x, ids, add_positions)))
 
     def vector(self, z):
@@ -537,13 +533,12 @@ class MlpBlock(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """A 3×3 convolution of each channel, then a linear layer across channels. The class token stays
-    as it is. §3.5"""
+    """A 3×3 convolution of each channel, then a layer across channels; not of the class token."""
     def __init__(self, dim, grid):
         super().__init__()
         self.grid = grid
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        bound = (6 / (9 + 9)) ** 0.5  # Xavier's with the 9 inputs and 9 outputs of one channel
+        bound = (6 / (9 + 9)) ** 0.5  # Xavier's for 9 inputs and 9 outputs
         self.kernel = nn.Parameter(torch.empty(dim, 1, 3, 3).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(dim))
         self.fc = nn.Linear(dim, dim)

@@ -224,16 +224,16 @@ def test_info_nce_is_equation_3():
         assert torch.equal(cmae.info_nce_loss(q, k, 0.2), cmae.info_nce_loss(q, k, 0.2).float())
 
 
-@pytest.mark.parametrize("squared", [False, True])
-def test_location_loss_is_equation_5_or_its_square(squared):
+@pytest.mark.parametrize("norm", ["norm", "squared"])
+def test_location_loss_is_equation_5_or_its_square(norm):
     p, positions = normal(2, 3, 9), torch.tensor([[0, 4, 8], [1, 2, 7]])
     terms = []
     for b in range(2):
         for v in range(3):
             t = [float(n == positions[b, v]) for n in range(9)]
             square = sum((p[b, v, n].item() - t[n]) ** 2 for n in range(9))
-            terms.append(square if squared else math.sqrt(square))
-    loss = cmae.location_loss(p, positions, squared)
+            terms.append(square if norm == "squared" else math.sqrt(square))
+    loss = cmae.location_loss(p, positions, norm)
     assert loss.item() == pytest.approx(sum(terms) / 6, rel=1e-5)
 
 
@@ -241,8 +241,8 @@ def test_the_gradient_of_the_printed_norm_does_not_fade_and_that_of_its_square_d
     t = F.one_hot(torch.tensor([[3]]), 9).float()
     for distance in (1.0, 0.01):
         p = (t + distance * F.normalize(normal(1, 1, 9), dim=2)).requires_grad_()
-        for squared, length in ((False, 1.0), (True, 2 * distance)):
-            loss = cmae.location_loss(p, torch.tensor([[3]]), squared)
+        for norm, length in (("norm", 1.0), ("squared", 2 * distance)):
+            loss = cmae.location_loss(p, torch.tensor([[3]]), norm)
             gradient, = torch.autograd.grad(loss, p)
             assert gradient.norm().item() == pytest.approx(length, rel=1e-3)
 

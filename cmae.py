@@ -22,9 +22,12 @@ One training step on B images of N patches, V visible, D the width of a token:
 The paper leaves open, and may change the result: --location-from, --location-norm, --pool,
 --projection, --k, --heat, --img, --decoder. papers/cmae.md has every choice, symbol and misprint.
 
-    python cmae.py --data tiny-imagenet          the paper's run (not yet run on a GPU)
+    python cmae.py --data tiny-imagenet          the paper's run
     python cmae.py --tiny --data shapes          a first look on a laptop
     python eval_linear.py runs/cmae-DATE-TIME    accuracy
+
+Not yet run on a GPU. Expect, with --tiny --images 5000 --epochs 1 on CIFAR-10 (JPEG), which
+RESULTS.md explains: loss 6.59 at step 0, 4.45 at the end.
 """
 import copy
 import math
@@ -50,7 +53,7 @@ DECODERS = Literal["transformer", "mlp", "conv", "hybrid-mlp", "hybrid-conv"]
 @dataclass
 class Config(RunConfig):
     """Hyper-parameters of the paper. Each is a command-line flag."""
-    mask: float = 0.75  # fraction of the patches that is masked, §4.2
+    mask: float = 0.75  # fraction of patches masked, §4.2
     lam_ctr: float = 1.0  # λ_ctr, weight of the contrast, §3.6
     lam_loc: float = 1.0  # λ_loc, weight of the location prediction, §3.6
     lam_con: float = 1.0  # λ_con, weight of the reconstruction, §3.6
@@ -77,7 +80,7 @@ class Config(RunConfig):
     decoder_heads: int = 16  # heads of the decoder; MAE's
     epochs: float = 300  # passes over the data, §4.2
     batch: int = 64  # images per step and process, §4.2
-    lr: float = 1e-3  # base learning rate, §4.2; inferred: for a batch of 256, as MAE's
+    lr: float = 1e-3  # base learning rate, §4.2; inferred: of a batch of 256
     wd: float = 0.05  # weight decay, §4.2
     warmup: float = 40.0  # epochs of linear warm-up; inferred: MAE's
 
@@ -164,7 +167,7 @@ class Boxes(nn.Module):
 
     @torch.no_grad()
     def locate(self, model, pixels, device):
-        """Computes all boxes from the heat maps of the whole images, pixels (images, 3, S, S)."""
+        """Computes all boxes from the heat maps of whole images, uint8 (images, 3, S, S)."""
         S = pixels.shape[2]
         for ids in torch.arange(len(pixels)).split(250):
             whole = [torch.full_like(ids, side) for side in (0, 0, S, S)]
@@ -339,7 +342,7 @@ def train(cfg):
 
     run = Run(__file__, cfg, batches, steps, model=model, optimizer=optimizer, boxes=boxes)
     if cfg.crop_from >= cfg.epochs and rank == 0:
-        run.tell(f"no ContrastiveCrop: training ends before --crop-from {cfg.crop_from} epochs")
+        run.tell(f"no ContrastiveCrop: --crop-from {cfg.crop_from} is not below --epochs")
     for step in range(run.start, steps):
         seed_step(cfg.seed, step, rank)                           # exact resume
         for group in optimizer.param_groups:
@@ -348,10 +351,10 @@ def train(cfg):
         epoch, i = divmod(step, len(batches))
         if i == 0 and epoch in range(cfg.crop_from, epoch + 1, cfg.crop_every):  # §3.1
             boxes.locate(model, train_set.pixels, device)
+            area = (boxes.boxes[:, 2:] - boxes.boxes[:, :2]).prod(1).mean()
             if rank == 0:
-                area = (boxes.boxes[:, 2:] - boxes.boxes[:, :2]).prod(1).mean()
-                run.tell(f"epoch {epoch}: boxes cover {area:.0%} of the images")
-        I = boxes.boxes[batches.ids(step)] if epoch >= cfg.crop_from else None   # (B, 4)
+                run.tell(f"epoch {epoch}: boxes cover {area:.0%}")
+        I = boxes.boxes[batches.ids(step)] if epoch >= cfg.crop_from else None  # (B, 4)
         view1, view2 = views(batches[step], cfg, I)
         with autocast(device, cfg.amp):
             losses = net(view1, view2)
@@ -544,10 +547,10 @@ class ConvBlock(nn.Module):
         self.fc = nn.Linear(dim, dim)
 
     def forward(self, x):
-        image = self.norm(x[:, 1:]).mT.unflatten(2, (self.grid, self.grid))     # (B, width, n, n)
+        image = self.norm(x[:, 1:]).mT.unflatten(2, (self.grid, self.grid))  # (B, width, n, n)
         image = F.conv2d(image, self.kernel, self.bias, padding=1, groups=len(self.kernel))
-        tokens = self.fc(F.gelu(image).flatten(2).mT)                           # (B, N, width)
-        return x + F.pad(tokens, (0, 0, 1, 0))                                  # class token: + 0
+        tokens = self.fc(F.gelu(image).flatten(2).mT)  # (B, N, width)
+        return x + F.pad(tokens, (0, 0, 1, 0))  # 0 for the class token
 
 
 def decoder_blocks(kind, depth, width, heads, grid):

@@ -2,19 +2,19 @@
 Representation Learning for Masked Image Modeling", arXiv 2205.10546, 2022. The CMAE of Huang et
 al., arXiv 2207.13532, is another method.
 
-A masked autoencoder whose encoder E has two more tasks: contrast of a view, of which E encodes the
-visible and the masked patches separately, with another view, encoded by E's moving average M_E; and
-prediction of the position of each visible token. E also decides where the images are cropped.
+A masked autoencoder whose encoder E has two more tasks. Contrast: a view, whose visible and masked
+patches E encodes separately, is compared with another view, encoded by the moving average M_E.
+Location: the position of each visible token is predicted. E also decides where images are cropped.
 
 One training step on B images of N patches, V visible, D the width of a token:
-    I = rectangle around what E's heat map M has above k      # Eq. 1     (B, 4), from epoch 60 on
-    x_q, x_k = two crops of each, around I, flipped           # §3.2      (B, 3, 224, 224)
+    I = rectangle around patches with heat map M of E > k     # Eq. 1     (B, 4), from epoch 60 on
+    x_q, x_k = two crops centred in I, flipped at random      # §3.2      (B, 3, 224, 224)
     q1, q2 = E(visible of x_q), detach(E(masked of x_q))      # §3.3      (B, 1+V, D), (B, 1+N-V, D)
     k1, k2 = M_E(visible of x_k), M_E(masked of x_k)          # §3.3      the same shapes
     h1, h2 = restore([q1, q2]), restore([k1, k2])             # Eq. 2     (B, 1+N, D)
     z_q, z_k = P(mean of h1), M_P(mean of h2), L2-normalised  # §3.3      (B, D)
     L_ctr = InfoNCE(z_q, z_k)                                 # Eq. 3     a scalar
-    L_loc = ‖p - t‖, p = MLP(q1), t: one-hot positions        # Eq. 4, 5  a scalar, from (B, V, N)
+    L_loc = ‖p - t‖, p = MLP(MLP(q1)), t: one-hot positions   # Eq. 4, 5  a scalar, from (B, V, N)
     L_con = MSE(decoder(q1), x_q), masked patches only        # §3.5      a scalar
     step of AdamW on λ_ctr·L_ctr + λ_loc·L_loc + λ_con·L_con  # Eq. 6
     M_E, M_P ← m·(M_E, M_P) + (1 - m)·(E, P)                  # §3.3

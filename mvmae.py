@@ -15,8 +15,8 @@ One training step on B images of N patches, V visible, D the width of a token, P
     L_c = NT-Xent(z1, z2)                                  # Eq. 4–6   a scalar
     step of AdamW on L_r + λ·L_c                           # Eq. 7
 
-The paper leaves open, and may change the result: --pool, --norm-pixels, --pixels, --tau,
---crop-min, --decoder-depth. papers/mvmae.md has every choice, symbol and misprint.
+The paper leaves open, and may change the result: --pool, --norm-pixels, --pixels, --crop-min, and
+that there is no projection head. papers/mvmae.md has every choice, symbol and misprint.
 
     python mvmae.py --data PATH                  the paper's run on ImageNet-1K
     python mvmae.py --tiny --data shapes         a first look on a laptop
@@ -50,19 +50,19 @@ class Config(RunConfig):
     targets: Literal["two", "same", "one"] = "two"  # two crops; one, masked twice (Table 6); MAE's
     pool: Literal["mean", "cls"] = "mean"  # the vector of Eq. 4: mean of patch tokens, class token
     pixels: Literal["masked", "all"] = "masked"  # patches that Eq. 3 counts; masked as in MAE
-    norm_pixels: bool = False  # normalise target patches; MAE's better variant, see §4.1.1 "most"
+    norm_pixels: bool = False  # normalise target patches, MAE's variant: "most of the settings"
     crop_min: float = 0.2  # smallest crop, fraction of the area; MAE's
     img: int = 224  # side of the views in pixels, §4.1.1
     patch: int = 16  # side of a patch in pixels, §4.1.1
     dim: int = 768  # width D, §4.1.1
     depth: int = 12  # blocks, §4.1.1
-    heads: int = 12  # heads K, §4.1.1
-    decoder_depth: int = 4  # blocks of the decoder, Table 5
+    heads: int = 12  # heads K; ViT-Base's
+    decoder_depth: int = 4  # blocks of the decoder, Table 5 and §4.2.1
     decoder_dim: int = 512  # width of the decoder; MAE's
     decoder_heads: int = 16  # heads of the decoder; MAE's
     epochs: float = 1600  # passes over the data, §4.1.1
-    batch: int = 256  # images per step and process, §4.1.1
-    lr: float = 1.5e-4  # base learning rate, for a batch of 256, §4.1.1
+    batch: int = 256  # images per step and process; 256 in all in §4.1.1
+    lr: float = 1.5e-4  # learning rate for a batch of 256, §4.1.1; scaled linearly, as MAE's
     wd: float = 0.05  # weight decay; MAE's
     warmup: float = 40.0  # epochs of linear warm-up, §4.1.1
 
@@ -76,7 +76,8 @@ class Config(RunConfig):
                 f"--dim {self.dim} must be a multiple of 4 times --heads {self.heads}")
         require(self.decoder_dim % (4 * self.decoder_heads) == 0, f"--decoder-dim "
                 f"{self.decoder_dim} must be a multiple of 4 times --decoder-heads")
-        require(self.warmup < self.epochs, f"--warmup {self.warmup} must be below --epochs")
+        require(self.warmup < self.epochs,
+                f"--warmup {self.warmup} must be below --epochs {self.epochs}")
         require(self.tau > 0, "--tau must be positive")
         require(self.lam == 0 or self.targets != "one", "--targets one has no pairs: add --lam 0")
         require(self.lam == 0 or self.batch > 1, "--batch 1 has no negatives; try --lam 0")
@@ -93,7 +94,7 @@ TINY = Config(img=32, patch=4, dim=192, depth=4, heads=3, decoder_depth=2, decod
 # and other parts stand at the end of the file, where B is any number of rows.
 
 def views(images, cfg):
-    """Two crops of each image, each flipped with probability 1/2. §3.1.1, Figure 5
+    """Two crops of each image, each flipped with probability 1/2. §3.1.1
 
     images: uint8 (B, 3, S, S) or a batch of Batches. Returns view1 and view2, normalised,
     (B, 3, img, img): the same one twice unless --targets is two.
@@ -220,7 +221,7 @@ def train(cfg):
     model = MVMAE(cfg).to(device)
     if cfg.init:
         load_encoder(model.encoder, cfg.init)
-    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    net = DistributedDataParallel(model) if world > 1 else model
     net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), betas=(0.9, 0.95), fused=True)
 
@@ -240,10 +241,10 @@ def train(cfg):
         run.log(step, losses)
         if run.epoch_done(step):                                  # or the last step, or Ctrl-C
             run.save(step)
-            if run.interrupted:
-                break
             run.evaluate(train_set, test_set)                     # kNN, effective rank
             run.draw(test_set or train_set)                       # curves, reconstruction
+        if run.interrupted:
+            break
     return run.finish()
 
 
@@ -397,6 +398,7 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, z, visible_ids):
+        """(B, 1 + V, D), (B, V) → (B, N, P)"""
         cls, tokens = self.embed(z).split([1, visible_ids.shape[1]], 1)
         N = self.pos_embed.shape[1] - 1
         x = self.mask_token.to(tokens.dtype).expand(len(z), N, -1)              # (B, N, width)

@@ -134,7 +134,7 @@ def step(method, changes, rank, world):
             mask = torch.rand(rows, 16).argsort(1) < round(ratio * 16)
             part = mask.unflatten(0, (-1, world, 12 // world))[:, rank]
             masks[name] = part.flatten(0, 1)
-    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    net = DistributedDataParallel(model) if world > 1 else model
     losses = net(*(view.chunk(world)[rank] for view in batch), **masks)
     losses["loss"].backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -232,6 +232,8 @@ def test_a_link_to_the_root_adds_no_image(folder):
     save(other)
     (folder / "train" / "ant" / "more").symlink_to(other.parent)
     assert len(load(folder)) == 7
+    (folder / "train" / "0alias").symlink_to(folder / "train" / "bee")
+    assert load(folder).classes == ("ant", "bee")
 
 
 def test_hidden_names_and_empty_folders_are_no_classes(folder):

@@ -26,8 +26,8 @@ The paper leaves open, and may change the result: --location-from, --location-no
     python cmae.py --tiny --data shapes          a first look on a laptop
     python eval_linear.py runs/cmae-DATE-TIME    accuracy
 
-Not yet run on a GPU. Expect, with --tiny --images 5000 --epochs 1 on CIFAR-10 (JPEG), which
-RESULTS.md explains: loss 6.59 at step 0, 4.45 at the end.
+Not yet run on a GPU. Expect, with --tiny --images 5000 --epochs 1 on CIFAR-10 (JPEG), see
+RESULTS.md: loss 6.59 at step 0, 4.45 at the end.
 """
 import copy
 import math
@@ -336,13 +336,13 @@ def train(cfg):
     if cfg.init:
         load_encoder(model.encoder, cfg.init)
         load_encoder(model.M_E, cfg.init)
-    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    net = DistributedDataParallel(model) if world > 1 else model
     net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), betas=(0.9, 0.95), fused=True)
 
     run = Run(__file__, cfg, batches, steps, model=model, optimizer=optimizer, boxes=boxes)
     if cfg.crop_from >= cfg.epochs and rank == 0:
-        run.tell(f"no ContrastiveCrop: --crop-from {cfg.crop_from} is not below --epochs")
+        print(f"no ContrastiveCrop: --crop-from {cfg.crop_from} is not below --epochs")
     for step in range(run.start, steps):
         seed_step(cfg.seed, step, rank)                           # exact resume
         for group in optimizer.param_groups:
@@ -353,7 +353,7 @@ def train(cfg):
             boxes.locate(model, train_set.pixels, device)
             area = (boxes.boxes[:, 2:] - boxes.boxes[:, :2]).prod(1).mean()
             if rank == 0:
-                run.tell(f"epoch {epoch}: boxes cover {area:.0%}")
+                print(f"epoch {epoch}: boxes cover {area:.0%}", flush=True)
         I = boxes.boxes[batches.ids(step)] if epoch >= cfg.crop_from else None  # (B, 4)
         view1, view2 = views(batches[step], cfg, I)
         with autocast(device, cfg.amp):
@@ -363,16 +363,16 @@ def train(cfg):
         optimizer.zero_grad()
         if cfg.lam_ctr > 0:
             m = 1 - (1 - cfg.momentum) * (1 + math.cos(math.pi * step / steps)) / 2  # rises to 1
-            ema(model.M_E, model.encoder, m)                      # §3.3
+            ema(model.M_E, model.encoder, m)  # §3.3
             ema(model.M_P, model.projection, m)
 
         run.log(step, losses)
         if run.epoch_done(step):                                  # or the last step, or Ctrl-C
             run.save(step)
-            if run.interrupted:
-                break
             run.evaluate(train_set, test_set)                     # kNN, effective rank
             run.draw(test_set or train_set)                       # curves, reconstruction
+        if run.interrupted:
+            break
     return run.finish()
 
 
@@ -487,7 +487,7 @@ class Encoder(nn.Module):
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch, patch)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         positions = F.pad(sincos_pos_embed(dim, img // patch), (0, 0, 1, 0))
-        self.register_buffer("pos_embed", positions)                # 0 for the class token
+        self.register_buffer("pos_embed", positions)  # 0 for the class token
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
@@ -496,8 +496,8 @@ class Encoder(nn.Module):
     def last_block_input(self, x, ids=None, add_positions=True):
         """Images (B, 3, H, W) → the tokens (B, 1 + V, D) that enter the last block."""
         x = self.patch_embed(x).flatten(2).mT + self.pos_embed[:, 1:] * add_positions
-        x = x if ids is None else take(x, ids)                                  # (B, V, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)            # (B, 1 + V, D)
+        x = x if ids is None else take(x, ids)  # (B, V, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)  # (B, 1 + V, D)
         for block in self.blocks[:-1]:
             x = block(x)
         return x
@@ -577,6 +577,7 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, z, visible_ids):
+        """(B, 1 + V, D), (B, V) → (B, N, P)"""
         cls, tokens = self.embed(z).split([1, visible_ids.shape[1]], 1)
         N = self.pos_embed.shape[1] - 1
         x = self.mask_token.to(tokens.dtype).expand(len(z), N, -1)              # (B, N, width)

@@ -424,13 +424,13 @@ def denormalize_patches(pred, patches):
 
 
 def sincos_pos_embed(dim, grid):
-    """Fixed sine-cosine positions of grid×grid patches, (1, N, D): half of D for the row, half
-    for the column."""
-    omega = 10000 ** -(torch.arange(dim // 4) / (dim // 4))
+    """Fixed sine-cosine positions of grid×grid patches, (1, N, D), as in MAE: the first half of D
+    encodes the column, the second the row."""
+    omega = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(grid)[:, None] * omega                                 # (grid, D/4)
-    axis = torch.cat([angle.sin(), angle.cos()], 1)                             # (grid, D/2)
+    axis = torch.cat([angle.sin(), angle.cos()], 1).float()                     # (grid, D/2)
     rows, columns = axis[:, None].expand(grid, grid, -1), axis[None].expand(grid, grid, -1)
-    return torch.cat([rows, columns], 2).reshape(1, grid * grid, dim)
+    return torch.cat([columns, rows], 2).reshape(1, grid * grid, dim)
 
 
 def init_weights(module):

@@ -1,6 +1,7 @@
 """Multi-View MAE: its formulas as plain loops, its masks, its degenerate case MAE."""
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -155,3 +156,19 @@ def test_weight_decay_spares_biases_norms_and_tokens():
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
     assert all(name.endswith("bias") or "norm" in name or "token" in name for name in names)
     assert "encoder.cls_token" in names and "decoder.mask_token" in names
+
+
+def maes_pos_embed(dim, grid):
+    """MAE's get_2d_sincos_pos_embed, in its own steps: float64, the column first."""
+    column, row = np.meshgrid(np.arange(grid, dtype=np.float32), np.arange(grid, dtype=np.float32))
+    omega = 1.0 / 10000 ** (np.arange(dim // 4, dtype=np.float64) / (dim / 4))
+    halves = []
+    for position in (column, row):
+        out = position.reshape(-1)[:, None] * omega[None]
+        halves.append(np.concatenate([np.sin(out), np.cos(out)], 1))
+    return torch.from_numpy(np.concatenate(halves, 1)).float()[None]
+
+
+@pytest.mark.parametrize("dim, grid", [(16, 3), (192, 8), (512, 14), (768, 14)])
+def test_positions_equal_maes_to_the_bit(dim, grid):
+    assert torch.equal(mvmae.sincos_pos_embed(dim, grid), maes_pos_embed(dim, grid))

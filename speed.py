@@ -132,10 +132,10 @@ def measure(module, cfg):
     tell("together", lambda: step(*module.views(batches[0], cfg)[:2]))
     peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0
     gflop, limit = gflop_per_image(cfg), matrix_rate(device, dtype) / 1e9
-    print(f"operations {gflop:.4g} GFLOP per image; the step makes {rate * gflop / 1e3:.3g} TFLOP/s, "
+    print(f"the step computes {gflop:.4g} GFLOP per image, {rate * gflop / 1e3:.3g} TFLOP/s: "
           f"{rate * gflop / limit:.3f} of the {limit / 1e3:.3g} TFLOP/s of a matrix product")
     if cuda:
-        print(f"memory    {peak:.2f} GB at the peak (torch.cuda.max_memory_allocated)")
+        print(f"peak of allocated memory: {peak:.2f} GB")
 
 
 def main(argv=None):

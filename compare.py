@@ -5,8 +5,8 @@
     python compare.py --tiny --data PATH --rows FILE --epochs 4       your own rows
 
 A row is a line of FILE: NAME = METHOD.py FLAGS, with any method file of this folder. Flags that are
-not listed below go to every row; a row's own take precedence. --gflop is the budget of each run:
-10⁹ floating-point operations of forward and backward. With --epochs, epochs are equal instead.
+not listed below go to every row; a row's own take precedence. --gflop is the compute of a run, in
+10⁹ floating-point operations of forward and backward; with --epochs, epochs are equal instead.
 
 Each run is a run folder in --out and is evaluated by eval_linear.py. After Ctrl-C the same command
 continues; rows and seeds may be added. table.txt, .csv and .png have mean, standard deviation and
@@ -19,7 +19,6 @@ import json
 import math
 import os
 import re
-import shlex
 import signal
 import statistics
 import sys
@@ -36,8 +35,6 @@ from speed import config_of, gflop_per_image, load_method
 
 SCORES = {"knn_top1": "kNN %", "linear_top1": "linear %", "attentive_top1": "attentive %",
           "rank": "effective rank"}
-
-
 Job = namedtuple("Job", "row cfg folder steps")  # a run and its number of steps
 
 
@@ -64,8 +61,8 @@ def plan(rows, flags, args):
     """The jobs: all rows with the first seed, then with the next. Raises UserError."""
     compute, jobs, costs = args.gflop is not None, [], {}
     for row, (method, own) in rows.items():
-        fixed = {"--seed", "--out", "--resume", "--epochs" if compute else "--seed"}
-        require(not fixed & {word.split("=")[0] for word in [*flags, *own]},
+        fixed = ["--seed", "--out", "--resume"] + (["--epochs"] if compute else [])
+        require(not {word.split("=")[0] for word in [*flags, *own]} & {*fixed},
                 f"row {row}: compare.py sets --seed, --out, --resume and, with --gflop, --epochs")
         module = load_method(method)
         try:
@@ -94,8 +91,8 @@ def plan(rows, flags, args):
             jobs.append(Job(row, cfg, folder, steps))
     if not compute and not any(word.split("=")[0] == "--epochs" for word in flags):
         row = max(costs, key=costs.get)
-        raise UserError(f"how long is a run? --gflop {float(f'{10 * costs[row]:.2g}'):.0f} pays for "
-                        f"10 epochs of {row}, the most expensive row")
+        budget = float(f"{10 * costs[row]:.2g}")
+        raise UserError(f"--gflop is missing: --gflop {budget:.0f} pays for 10 epochs of {row}")
     return sorted(jobs, key=lambda job: args.seeds.index(job.cfg.seed))
 
 
@@ -142,7 +139,7 @@ def student_p(t, df):
 
 
 def pooled_deviation(values):
-    """(standard deviation pooled over all rows, its degrees of freedom)."""
+    """(standard deviation pooled over the rows, its degrees of freedom)."""
     df = sum(len(scores) - 1 for scores in values.values())
     squares = sum((x - statistics.mean(scores)) ** 2 for scores in values.values() for x in scores)
     return math.sqrt(squares / df) if df else math.nan, df
@@ -198,7 +195,7 @@ def write_table(out, jobs, results, baseline):
 
 
 def draw_table(file, scores, baseline):
-    """Draws runs as dots, mean and standard deviation as bars, the baseline's mean as a line."""
+    """Draws runs, means and standard deviations; the dotted line is the baseline's mean."""
     rows = list(scores["effective rank"])
     figure = Figure(figsize=(12, 0.4 * len(rows) + 1.1), layout="constrained")
     for axis, (title, values) in zip(figure.subplots(1, len(scores), sharey=True), scores.items()):
@@ -219,7 +216,7 @@ def compare(args, flags):
     """Does what the command line asks; `flags` go to every row. Returns how many runs failed."""
     require("RANK" not in os.environ, "compare.py runs in one process, without torchrun")
     require(args.gflop is None or 0 < args.gflop < math.inf, "--gflop must be positive")
-    require(len(set(args.seeds)) == len(args.seeds), "--seeds must differ")
+    require(len(set(args.seeds)) == len(args.seeds), "two --seeds are equal")
     rows = read_rows(Path(args.rows).read_text("utf-8"))
     baseline = args.baseline or next(iter(rows))
     require(baseline in rows, f"--baseline {baseline}: the rows are {', '.join(rows)}")
@@ -235,8 +232,8 @@ def compare(args, flags):
         except FloatingPointError as error:
             print(f"compare.py: {job.folder}: {error}", file=sys.stderr)
     if results:
-        print(f"\n{write_table(args.out, jobs, results, baseline)}\nwritten: table.txt, .csv and "
-              f".png in {args.out}")
+        print("\n" + write_table(args.out, jobs, results, baseline))
+        print(f"written: table.txt, .csv and .png in {args.out}")
     return len(jobs) - len(results)
 
 

@@ -11,11 +11,11 @@ counts. Mean IoU is over the classes that occur in the test annotations.
 --data shapes: 2,000 training and 500 test images that the program draws. Each colour is the
 object's as often as the background's.
 --data FOLDER: ADE20K's layout, images/training, images/validation, annotations/training,
-annotations/validation. An annotation is a PNG of class indices with the name of its image. The
-central square of both is resized to the encoder's size.
+annotations/validation. An annotation is a PNG of class indices, named as its image. The central
+square of both is resized.
 
-This is the task of Multi-View MAE's Table 4, but not its experiment: no UperNet, no fine-tuning,
-one scale. Writes eval_dense.json and .png beside the checkpoint, eval_dense-NAME with --data.
+Unlike Multi-View MAE's Table 4, there is no UperNet, no fine-tuning and one scale. Writes
+eval_dense.json and .png beside the checkpoint, eval_dense-NAME with --data.
 """
 import argparse
 import json

@@ -11,9 +11,8 @@ Rows, at most twelve:
                    blue: patches of one colour are alike to the model
   attention        in the last block, mean over the heads; black is the least, yellow the most
   masks of CAMAE's heads
-Tokens, attention and box are those of the image without a mask. With --norm-pixels, reconstructed
-patches get their true mean and deviation. Writes show.png beside the checkpoint, with --folder or
---data show-NAME.png.
+Tokens, attention and box are those of the unmasked image. With --norm-pixels, reconstructed patches
+get their true mean and deviation. Writes show.png, or show-NAME.png with --folder or --data.
 """
 import argparse
 import inspect
@@ -56,7 +55,7 @@ def reconstruction_rows(model, x):
 
 
 def branch_rows(module, model, images):
-    """View, target (if it is not the view), masked view and reconstruction of MACRL's branches."""
+    """MACRL's branches. The target is drawn if it is not the view."""
     view1, view2, clean1, clean2 = module.views(images, model.cfg)
     rows = {}
     for branch, view, clean in (("s", view1, clean1), ("w", view2, clean2)):
@@ -78,7 +77,7 @@ def view_rows(module, model, images):
         whole = crop_resize(images, whole, cfg.img)                             # (n, 3, H, W), 0…1
         boxes["boxes"] = I = module.semantic_boxes(model.heat(normalize(whole)), cfg.k).cpu()
         corners = (I[:, None, [1, 0, 3, 2]] * (cfg.img - 1)).round()            # x, y, x, y
-        drawn = [draw_bounding_boxes(*pair, colors="red") for pair in zip(whole.cpu(), corners)]
+        drawn = [draw_bounding_boxes(*pair, colors="white") for pair in zip(whole.cpu(), corners)]
         rows["box of the\nheat map"] = normalize(torch.stack(drawn))
     view1, view2 = module.views(images, cfg, **boxes)[:2]
     return rows | {"view 1": view1, "view 2": view2}
@@ -104,7 +103,7 @@ def attention_rows(model, x, maps):
 
 
 def mask_rows(module, model, x, maps, room):
-    """The images under the masks of at most `room` of CAMAE's heads."""
+    """The images under the masks of CAMAE's first `room` heads."""
     rows, heads = {}, maps.shape[1]
     for k in range(min(room, heads)):
         mask = module.idm_mask(maps[:, k], model.cfg.mask)                      # (n, N)
@@ -159,7 +158,7 @@ def read_folder(folder, side, count):
         try:
             image = read_image(file, side)
         except Exception as error:  # Pillow raises many kinds
-            raise UserError(f"--folder: {readable(file)} cannot be read ({error})") from error
+            raise UserError(f"{readable(file)} cannot be read: {error}") from error
         aspect.append(image.width / image.height)
         pixels.append(np.array(image.resize((side, side), Image.Resampling.BICUBIC)))
     pixels = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
@@ -218,7 +217,7 @@ def main(argv=None):
     source.add_argument("--folder", default="", help="show images of this folder")
     source.add_argument("--data", default="", help="show test images of this data set")
     parser.add_argument("--images", type=int, default=8, help="how many (default: 8)")
-    parser.add_argument("--out", default="", help="the file to write: .png, .pdf or .svg")
+    parser.add_argument("--out", default="", help="a .png, .pdf or .svg file")
     parser.add_argument("--seed", type=int, default=0, help="of images, masks and views")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args(argv)

@@ -113,7 +113,8 @@ def operations(cfg):
 @pytest.mark.parametrize("method, flags", [
     *((method, {}) for method in METHODS),
     ("mclim", {"contrast": "none", "head": "linear", "freeze_patch": False}),
-    ("mvmae", {"targets": "one", "lam": 0}), ("cmae", {"decoder": "conv", "projection": "mlp"}),
+    ("mvmae", {"targets": "one", "lam": 0}), ("cmae", {"projection": "mlp"}),
+    ("cmae", {"decoder": "conv", "heat": "features"}),
     ("macrl", {"keys": "momentum", "bank": 8}), ("camae", {"mim": False, "freeze_patch": True})],
     ids=str)
 def test_gflop_of_a_step_equals_arithmetic(method, flags):
@@ -148,7 +149,7 @@ def test_seconds_are_the_median_after_two_calls(monkeypatch):
 
 @every_method
 def test_speed_prints_rates_and_the_fraction_of_the_matrix_rate(method, monkeypatch, capsys):
-    monkeypatch.setattr(speed, "seconds", lambda call, device: call() and None or 2.0)
+    monkeypatch.setattr(speed, "seconds", lambda call, device: (call(), 2.0)[1])
     flags = "--img 16 --dim 48 --depth 2 --batch 6 --device cpu --no-amp".split()
     speed.main([method, "--tiny", *flags])
     lines = capsys.readouterr().out.splitlines()
@@ -181,7 +182,8 @@ def test_mean_iou_equals_a_loop():
         both = either = occurs = 0
         for t, g in zip(truth.flatten().tolist(), guess.flatten().tolist()):
             if t != 255:
-                both, either, occurs = both + (t == g == c), either + (c in (t, g)), occurs + (t == c)
+                both, either = both + (t == g == c), either + (c in (t, g))
+                occurs += t == c
         assert iou[c].item() == pytest.approx(both / either) if occurs else iou[c].isnan(), c
     assert iou[4].isnan() and not iou[3].isnan()
 
@@ -213,7 +215,8 @@ def test_segmentation_learns_from_the_truth_and_not_from_colour(monkeypatch):
     monkeypatch.setattr(eval_dense, "COUNTS", {"training": 400, "validation": 200})
     (train, masks), (test, truth) = (eval_dense.load_shapes(split, 16, 0)
                                      for split in ("training", "validation"))
-    assert masks.unique().tolist() == list(range(11)) and (masks[:, 0, 0] == 0).double().mean() > 0.9
+    assert masks.unique().tolist() == list(range(11))
+    assert (masks[:, 0, 0] == 0).double().mean() > 0.9
     assert [truth[i].max().item() for i in range(20)] == [1 + i % 10 for i in range(20)]
 
     def mean_iou(prediction):
@@ -221,10 +224,10 @@ def test_segmentation_learns_from_the_truth_and_not_from_colour(monkeypatch):
         return eval_dense.intersection_over_union(counts).nanmean().item()
 
     def colour(images, masks):
-        return images.pixels.flatten(2).mT / 255
+        return images.pixels.flatten(2).mT / 64 - 2
 
     def label(images, masks):
-        return F.one_hot(masks.long().flatten(1), 11).float()
+        return 3 * F.one_hot(masks.long().flatten(1), 11).float()
 
     found = [mean_iou(eval_dense.segment(tokens(train, masks), masks, tokens(test, truth), 11, 255))
              for tokens in (colour, label)]
@@ -324,7 +327,7 @@ def test_attention_maps_equal_a_loop(method, changes):
             W_q, W_k = (layer.qkv.weight[part] for part in rows)
             b_q, b_k = (layer.qkv.bias[part] for part in rows)
             query = W_q @ (tokens[b, 0] if cls else tokens[b].mean(0)) + b_q
-            weights = [math.exp(float(query @ (W_k @ token + b_k)) / math.sqrt(d))
+            weights = [math.exp((query @ (W_k @ token + b_k)).item() / math.sqrt(d))
                        for token in tokens[b]]
             expected = torch.tensor(weights) / sum(weights)
             assert torch.allclose(maps[b, k], expected[1:] if cls else expected, atol=1e-5)
@@ -385,8 +388,12 @@ LABELS = {"mclim": ["view 2", "mean query"], "mvmae": ["view 2", "class token"],
 @every_method
 def test_show_draws_test_images_and_the_users_own(untrained, photos, method, monkeypatch):
     drawn, draw = [], show.plot_images
-    monkeypatch.setattr(show, "plot_images", lambda file, rows, names: drawn.append((rows, names)) or (
-        draw(file, {label: list(row)[:2] for label, row in list(rows.items())[:2]}, names)))
+
+    def draw_two(file, rows, names):
+        drawn.append((rows, names))
+        draw(file, dict(list(rows.items())[:2]), names)
+
+    monkeypatch.setattr(show, "plot_images", draw_two)
     run = untrained(method)
     show.main([str(run), "--images", "3", "--seed", "5"])
     before = (run / "show.png").read_bytes()
@@ -435,7 +442,7 @@ def test_branches_are_drawn_with_their_targets(restore):
 
 def test_p_is_the_area_beyond_t():
     assert compare.student_p(2.776445, 4) == pytest.approx(0.05, abs=1e-6)
-    assert compare.student_p(3.106807, 11) == pytest.approx(0.01, abs=1e-6)
+    assert compare.student_p(3.105807, 11) == pytest.approx(0.01, abs=1e-6)
     for df in (1, 2, 3, 8, 13, 40):
         for t in (0.0, 0.3, 2.5, 6.0):
             x = torch.linspace(-t, t, 20_001, dtype=torch.float64)
@@ -584,13 +591,13 @@ def test_a_loss_that_is_not_finite_costs_only_its_run(fast, tmp_path, monkeypatc
 
 def test_a_budget_becomes_epochs(fast, tmp_path):
     rows = compare.read_rows(ROWS)
-    args = types.SimpleNamespace(out=str(tmp_path), seeds=[3, 1], gflop=9.0)
+    args = types.SimpleNamespace(out=str(tmp_path), seeds=[3, 1], gflop=15.0)
     jobs = compare.plan(rows, COMMON, args)
     assert [(job.row, job.cfg.seed) for job in jobs] == [
         ("MAE", 3), ("Two views", 3), ("MAE", 1), ("Two views", 1)]
     for job in jobs:
         step = 50 * speed.gflop_per_image(job.cfg)
-        assert job.steps == int(9 / step) and 3 < job.steps != 4
+        assert job.steps == int(15 / step) and job.steps % 4
         assert round(job.cfg.epochs * (200 // 50)) == job.steps  # as train computes it
         assert job.cfg.warmup == job.cfg.epochs / 5 and job.cfg.out == str(job.folder)
     jobs = compare.plan(rows, [*COMMON, "--epochs", "3"],
@@ -637,7 +644,7 @@ def test_the_table(tmp_path, monkeypatch):
     assert [label.get_text() for label in axes[0].get_yticklabels()] == list(scores)
     dots = [line.get_xdata() for line in axes[1].lines if line.get_marker() == "o"]
     assert [list(x) for x in dots] == [[v + 1 for v in values] for values in scores.values()]
-    bars = [bar.get_segments()[0][:, 0].tolist() for bar in axes[0].collections]
+    bars = [bar.get_segments()[0][:, 0].tolist() for bar in axes[0].collections[:2]]
     assert bars[0] == [10, 14] and bars[1] == pytest.approx([32 - 7 ** 0.5, 32 + 7 ** 0.5])
 
 
@@ -658,7 +665,8 @@ def test_the_table(tmp_path, monkeypatch):
     (show, "{run} --folder {tmp}/bad", "bad/a.png cannot be read"),
     (show, "{run} --out {tmp}/a.gif", "a.gif must end in"),
     (show, "{run} --images 1 --out {tmp}/no/a.png", "no/a.png"),
-    (compare, "--gflop nan", "--gflop"), (compare, "--gflop 1e-9 --rows {tmp}/rows", "a step of MAE"),
+    (compare, "--gflop nan", "--gflop"),
+    (compare, "--gflop 1e-9 --rows {tmp}/rows", "a step of MAE"),
     (compare, "--gflop 9 --seeds 1 1", "--seeds"), (compare, "--gflop 9 --seed 1", "--seed"),
     (compare, "--gflop 9 --epochs 3", "--epochs"), (compare, "--gflop 9 --resume x", "--resume"),
     (compare, "--gflop 9 --baseline MEA", "MEA"), (compare, "--gflop 9 --rows {tmp}/no", "no"),
@@ -666,7 +674,7 @@ def test_the_table(tmp_path, monkeypatch):
     (compare, "--gflop 9 --rows {tmp}/twice", "'mae = mvmae.py'"),
     (compare, "--gflop 9 --rows {tmp}/no-file", "mea.py does not exist"),
     (compare, "--gflop 9 --rows {tmp}/rows --mask 2", "row MAE: --mask 2"),
-    (compare, "--gflop 9 --rows {tmp}/rows --batch 241", "--batch 240"),
+    (compare, "--gflop 9 --rows {tmp}/rows --batch 241", "try --batch 200"),
     (compare, "--gflop 9 --rows {tmp}/rows --images 241", "--images 241"),
     (compare, "--gflop 9 --rows {tmp}/rows --out {tmp}/other", "another --out")])
 def test_a_mistake_is_one_line(fast, untrained, tmp_path, program, command, words, capsys,

@@ -1,4 +1,4 @@
-"""What no paper is about: flags, processes, batches, kNN, checkpoints, the run folder."""
+"""Shared code that belongs to no paper: flags, processes, batches, kNN, checkpoints, runs."""
 import argparse
 import csv
 import dataclasses
@@ -56,10 +56,12 @@ class RunConfig:
     tiny: bool = False  # a size for a laptop
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, (int, float)):
-                require(0 <= value < 2 ** 32, f"{flag(name)} {value}: negative or too large")
-        for name in ("epochs", "batch", "lr", "img", "patch", "dim", "depth", "heads", "log_every"):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (int, float)) and field.default >= 0:
+                require(0 <= value < 2 ** 32, f"{flag(field.name)} {value}: negative or too large")
+        for name in ("epochs", "batch", "lr", "img", "patch", "dim", "depth", "heads", "log_every",
+                     "decoder_dim", "decoder_heads"):
             require(getattr(self, name, 1) > 0, f"{flag(name)} must be positive")
 
 
@@ -122,8 +124,8 @@ def read_config(folder, method=None):
 
 
 def run_program(file, doc, Config, TINY, train, argv=None):
-    """Runs train(Config of the flags `argv`). A mistake of the user ends it with one line and
-    status 2, a loss that is not finite with status 1."""
+    """Runs train(Config of the flags `argv`). Exits with one line and status 2 after a UserError
+    or OSError, with status 1 if the loss is not finite."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it was closed
     parser = make_parser(file, doc, Config, TINY)
     typed = vars(parser.parse_args(argv))
@@ -147,8 +149,8 @@ def start_processes(device="auto"):
     cuda = torch.cuda.is_available() and device != "cpu"
     require(cuda or device != "cuda", "--device cuda: no CUDA GPU is available")
     rank, world, local_rank = 0, 1, 0
-    if "RANK" in os.environ:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if all(name in os.environ for name in names):
         rank, world, local_rank = (int(os.environ[name]) for name in names)
     device = torch.device(f"cuda:{local_rank}" if cuda else "cpu")
     if cuda:
@@ -338,10 +340,10 @@ class Run:
     def __init__(self, file, cfg, batches, steps, **parts):
         self.method, self.cfg, self.parts = Path(file).stem, cfg, parts
         self.folder = Path(cfg.out or time.strftime(f"runs/{self.method}-%Y%m%d-%H%M%S"))
-        self.per_epoch, self.steps, self.start = len(batches), steps, 0
+        self.per_epoch, self.steps, self.start, self.step = len(batches), steps, 0, 0
         self.device, self.rank, self.world = batches.device, batches.rank, batches.world
         self.rows, self.columns, self.sums, self.count = [], [], {}, 0
-        self.signal, self.interrupted, self.live = 0, False, False
+        self.signal, self.interrupted = 0, False
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
                                 capture_output=True).stdout.strip() if shutil.which("git") else ""
         facts = {"method": self.method, "config": dataclasses.asdict(cfg),
@@ -354,7 +356,7 @@ class Run:
                 require(saved[name] == facts[name], f"--resume {self.folder}: it was started with "
                         f"{saved[name]} {name}; there are {facts[name]}")
             if (self.folder / "last.pt").exists() or (self.folder / "previous.pt").exists():
-                self.start = load_checkpoint(self.folder, **parts)["step"]
+                self.start = self.step = load_checkpoint(self.folder, **parts)["step"]
                 with open(self.folder / "metrics.csv", newline="") as table:
                     whole = [row for row in csv.DictReader(table) if None not in row.values()]
                 self.rows = [row for row in whole if int(row["step"]) <= self.start]
@@ -365,8 +367,8 @@ class Run:
             (self.folder / "config.json").write_text(json.dumps(facts, indent=1) + "\n")
         if self.rank == 0:
             size = sum(p.numel() for p in parts["model"].parameters()) / 1e6
-            self.tell(f"{self.method} on {self.device}: {size:.1f} M parameters, steps "
-                      f"{self.start:,} to {steps:,}, folder {self.folder}")
+            print(f"{self.method} on {self.device}: {size:.1f} M parameters, steps "
+                  f"{self.start:,} to {steps:,}, folder {self.folder}", flush=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
         self.began = self.clock = time.time()
@@ -377,17 +379,8 @@ class Run:
         if self.world == 1:
             signal.signal(number, signal.SIG_DFL)
         if self.rank == 0 and not self.signal:
-            os.write(2, b"\nstopping at the next row of metrics.csv\n")
+            os.write(2, b"\nstopping: saves first\n")
         self.signal = number
-
-    def tell(self, line, live=False):
-        """Prints a line. On a terminal a live one is overwritten by the next."""
-        live = live and sys.stdout.isatty()
-        if live:
-            print("\r\033[K" + line[:shutil.get_terminal_size().columns - 1], end="", flush=True)
-        else:
-            print(("\n" if self.live else "") + line, flush=True)
-        self.live = live
 
     def write(self, row):
         """Appends a row to metrics.csv, or writes the file anew if the row has a new column."""
@@ -413,7 +406,7 @@ class Run:
             return
         means = {name: float(total) / self.count for name, total in self.sums.items()}
         if not all(math.isfinite(value) for value in means.values()):
-            raise FloatingPointError(f"step {step}: the loss is not finite: {means}")
+            raise FloatingPointError(f"by step {step} the loss is not finite: {means}")
         if self.world > 1:  # the processes agree on whether one of them got a signal
             signals = torch.tensor(self.signal, device=self.device)
             dist.all_reduce(signals, dist.ReduceOp.MAX)
@@ -425,8 +418,8 @@ class Run:
             left = datetime.timedelta(seconds=round((self.steps - self.step) * pace))
             epoch, lr = self.step / self.per_epoch, self.parts["optimizer"].param_groups[0]["lr"]
             first, *others = [f"{name} {value:.4f}" for name, value in means.items()]
-            self.tell(f"epoch {epoch:.2f}/{self.cfg.epochs:g}  {first}  {speed:,.0f} images/s  "
-                      f"{left} left  {'  '.join(others)}", live=True)
+            print(f"epoch {epoch:.2f}/{self.cfg.epochs:g}  {first}  {speed:,.0f} images/s  "
+                  f"{left} left  {'  '.join(others)}", flush=True)
             self.write({"step": self.step, "epoch": epoch, "lr": lr, **means,
                         "images_per_second": round(speed, 1)})
         self.sums, self.count, self.clock = {}, 0, time.time()
@@ -451,8 +444,9 @@ class Run:
         if self.rank > 0 or not due:
             return
 
-        def features(images, count):
-            images = images[fixed_choice(len(images), count)]
+        def features(images, count, labelled=False):
+            ids = (images.labels >= 0).nonzero()[:, 0] if labelled else torch.arange(len(images))
+            images = images[ids[fixed_choice(len(ids), count)]]
             encoder, cfg = self.parts["model"].encoder, self.cfg
             return (extract_features(encoder, images, cfg.img, self.device, cfg.amp),
                     images.labels.to(self.device))
@@ -460,14 +454,13 @@ class Run:
         rank = effective_rank(features(train, 2000)[0])
         row = {"step": self.step, "epoch": self.step / self.per_epoch, "rank": rank}
         text = f"epoch {row['epoch']:g}: effective rank {rank:.1f}"
-        if test and len(train.classes) > 1:
-            bank = features(train[train.labels >= 0], 5000)
-            queries = features(test[test.labels >= 0], 1000)
+        if test and (train.labels >= 0).any():
+            bank, queries = features(train, 5000, True), features(test, 1000, True)
             row["knn"] = knn_accuracy(*bank, *queries)
             text += (f", kNN top-1 {100 * row['knn']:.1f} % ({len(queries[0]):,} test images "
                      f"among {len(bank[0]):,} training images)")
         self.write(row)
-        self.tell(text)
+        print(text, flush=True)
         self.clock = time.time()
 
     def draw(self, images):
@@ -488,10 +481,11 @@ class Run:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.rank == 0:
+            done = self.step == self.steps
             passed = datetime.timedelta(seconds=round(time.time() - self.began))
-            self.tell(f"{'stopped' if self.signal else 'done'} after {passed}: {self.folder}")
-            if self.signal:
-                self.tell(f"to continue: python {self.method}.py --resume {self.folder}")
+            print(f"{'done' if done else 'stopped'} after {passed}: {self.folder}", flush=True)
+            if not done:
+                print(f"to continue: python {self.method}.py --resume {self.folder}", flush=True)
         if self.signal:
             raise SystemExit(128 + self.signal)
         return self.folder

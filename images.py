@@ -78,7 +78,7 @@ def load_images(data, split, side, root="data", seed=0):
         if data in DOWNLOADS:
             return download(data, split, side, root)
         return load_folder(Path(data), split, side, Path(root))
-    finally:  # also after an error, which the other processes then meet themselves
+    finally:  # also after an error
         if dist.is_initialized() and not waits:
             dist.barrier()
 
@@ -123,11 +123,14 @@ def find_images(place):
     files = []
     for folder, below, names in os.walk(place, followlinks=True):
         real = os.path.realpath(folder)
-        below[:] = [] if real in seen else sorted(name for name in below if name[0] != ".")
-        if real not in seen:
-            files += [os.path.join(folder, name) for name in names
-                      if name[0] != "." and name.lower().endswith(SUFFIXES)]
+        if real in seen:
+            below.clear()
+            continue
         seen.add(real)
+        below.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
+        below[:] = [name for name in below if name[0] != "."]
+        files += [os.path.join(folder, name) for name in names
+                  if name[0] != "." and name.lower().endswith(SUFFIXES)]
     return sorted(files)
 
 
@@ -136,7 +139,7 @@ def class_names(files, place):
     val_annotations.txt; "" if it has none. Unicode is normalised to NFC."""
     notes = Path(place, "val_annotations.txt")
     lines = notes.read_text().splitlines() if notes.exists() else []
-    annotated = dict(line.split()[:2] for line in lines)
+    annotated = dict(line.split()[:2] for line in lines if line)
     names = []
     for file in files:
         parts = Path(file).relative_to(place).parts
@@ -146,7 +149,7 @@ def class_names(files, place):
 
 
 def readable(path):
-    """The text of a path, printable even if the path is no UTF-8."""
+    """A path as text that can be printed even if it is no UTF-8."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
@@ -165,13 +168,15 @@ def load_folder(folder, split, side, root):
         raise UserError(f"--data {folder}: {place} holds no images")
     names = class_names(files, place)
     classes = sorted(set(names) - {""})
+    if split == "test" and place == folder:
+        return None
     if split == "test":
-        for place in (folder / "test", folder / "val") if place != folder else ():
+        for place in (folder / "test", folder / "val"):
             files = find_images(place)
             names = class_names(files, place)
             if any(names):
                 break
-            if files and (not dist.is_initialized() or dist.get_rank() == 0):
+            if files:
                 print(f"{readable(place)} is not used: its {len(files)} images have no labels")
         else:
             return None
@@ -193,7 +198,7 @@ def decode_once(files, place, side, root):
     cache = root / "cache" / f"{place.resolve().parent.name}-{place.name}-{key}.npy"
     try:
         return read_cache(cache, len(files))
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         cache.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache.parent) as part:
         aspect = decode(files, place, side, Path(part, "pixels.npy"))
@@ -205,7 +210,7 @@ def decode_once(files, place, side, root):
 
 def read_cache(cache, count):
     """What decode_once has written. Raises OSError or ValueError unless it is whole."""
-    pixels = np.load(cache, mmap_mode="c")  # "c": torch accepts only writable arrays in silence
+    pixels = np.load(cache, mmap_mode="c")  # copy on write
     aspect = np.load(cache.with_suffix(".aspect.npy"))
     if len(pixels) != count or len(aspect) != count:
         raise ValueError(f"{cache} is damaged")
@@ -249,8 +254,8 @@ def decode(files, place, side, target):
             if i % 10_000 == 0 or i == len(files):
                 print(f"decoded {readable(place)}: {i:,} of {len(files):,} images", flush=True)
     if unreadable:
-        raise UserError(f"{len(unreadable)} of {len(files)} images cannot be read; repair or remove"
-                        f" {', '.join(sorted(unreadable)[:10])}")
+        raise UserError(f"{len(unreadable)} of {len(files)} images cannot be read: "
+                        f"{', '.join(sorted(unreadable)[:10])}")
     pixels.flush()
     return aspect
 

@@ -15,14 +15,14 @@ One training step on B images of N patches, V visible, D the width of a token, P
     L_c = NT-Xent(z1, z2)                                  # Eq. 4–6   a scalar
     step of AdamW on L_r + λ·L_c                           # Eq. 7
 
-The paper leaves open, and may change the result: --pool, --norm-pixels, --pixels, --tau,
---crop-min, --kernel, --decoder-depth. papers/mvmae.md has every choice, symbol and misprint.
+The paper leaves open, and may change the result: --pool, --norm-pixels, --pixels, --crop-min, and
+that there is no projection head. papers/mvmae.md has every choice, symbol and misprint.
 
-    python mvmae.py --data PATH                  the paper's run on ImageNet-1K (not yet run)
+    python mvmae.py --data PATH                  the paper's run on ImageNet-1K
     python mvmae.py --tiny --data shapes         a first look on a laptop
-    python eval_linear.py runs/mvmae-DATE-TIME   accuracy
+    python eval_linear.py runs/mvmae-DATE-TIME   accuracy; eval_finetune.py: fine-tuned
 
-Expect, with --tiny on CIFAR-10 (JPEG) after one epoch: loss 3.172.
+Not yet run on a GPU. Expect, with --tiny --images 5000 --epochs 1 on CIFAR-10 (JPEG): LOSS.
 """
 import math
 import sys
@@ -45,25 +45,24 @@ from common import (Batches, Run, RunConfig, autocast, load_data, load_encoder, 
 class Config(RunConfig):
     """Hyper-parameters of the paper. Each is a command-line flag."""
     mask: float = 0.8  # fraction of the patches that is masked, Table 5
-    lam: float = 2.0  # λ, weight of the contrastive loss, Table 5
+    lam: float = 2.0  # λ, weight of the contrastive loss, Table 5; 0 leaves it out
     tau: float = 0.07  # τ, temperature, §3.2.2
-    targets: Literal["two", "same", "one"] = "two"  # two crops; one masked twice, Table 6; MAE
-    pool: Literal["mean", "cls"] = "mean"  # the vector of Eq. 4: patch tokens or class token
-    pixels: Literal["masked", "all"] = "masked"  # patches that Eq. 3 counts; MAE's are the masked
-    norm_pixels: bool = False  # target of Eq. 3: each patch normalised, as in MAE's paper
+    targets: Literal["two", "same", "one"] = "two"  # two crops; one, masked twice (Table 6); MAE's
+    pool: Literal["mean", "cls"] = "mean"  # the vector of Eq. 4: mean of patch tokens, class token
+    pixels: Literal["masked", "all"] = "masked"  # patches that Eq. 3 counts; masked as in MAE
+    norm_pixels: bool = False  # normalise target patches, MAE's variant: "most of the settings"
     crop_min: float = 0.2  # smallest crop, fraction of the area; MAE's
-    kernel: Literal["linear", "bicubic"] = "linear"  # how crops are resized; MAE's is bicubic
     img: int = 224  # side of the views in pixels, §4.1.1
     patch: int = 16  # side of a patch in pixels, §4.1.1
     dim: int = 768  # width D, §4.1.1
     depth: int = 12  # blocks, §4.1.1
-    heads: int = 12  # heads K, §4.1.1
-    decoder_depth: int = 4  # blocks of the decoder, Table 5
+    heads: int = 12  # heads K; ViT-Base's
+    decoder_depth: int = 4  # blocks of the decoder, Table 5 and §4.2.1
     decoder_dim: int = 512  # width of the decoder; MAE's
     decoder_heads: int = 16  # heads of the decoder; MAE's
     epochs: float = 1600  # passes over the data, §4.1.1
-    batch: int = 256  # images per step and process, §4.1.1
-    lr: float = 1.5e-4  # base learning rate, for a batch of 256, §4.1.1
+    batch: int = 256  # images per step and process; 256 in all in §4.1.1
+    lr: float = 1.5e-4  # learning rate for a batch of 256, §4.1.1; scaled linearly, as MAE's
     wd: float = 0.05  # weight decay; MAE's
     warmup: float = 40.0  # epochs of linear warm-up, §4.1.1
 
@@ -77,7 +76,8 @@ class Config(RunConfig):
                 f"--dim {self.dim} must be a multiple of 4 times --heads {self.heads}")
         require(self.decoder_dim % (4 * self.decoder_heads) == 0, f"--decoder-dim "
                 f"{self.decoder_dim} must be a multiple of 4 times --decoder-heads")
-        require(self.warmup < self.epochs, f"--warmup {self.warmup} must be below --epochs")
+        require(self.warmup < self.epochs,
+                f"--warmup {self.warmup} must be below --epochs {self.epochs}")
         require(self.tau > 0, "--tau must be positive")
         require(self.lam == 0 or self.targets != "one", "--targets one has no pairs: add --lam 0")
         require(self.lam == 0 or self.batch > 1, "--batch 1 has no negatives; try --lam 0")
@@ -89,17 +89,18 @@ TINY = Config(img=32, patch=4, dim=192, depth=4, heads=3, decoder_depth=2, decod
               decoder_heads=3, epochs=16, batch=128, lr=1e-3, warmup=1.0, eval_every=1, tiny=True)
 
 
-# The paper, §3. B: images (the paper's N). N: patches of an image. V: visible ones. P = 3·p·p:
-# values of a patch of p×p pixels. H = W = img. In the small functions B is any number of rows.
+# The paper, §3. B: images (the paper's N). N: patches of an image. V: visible patches. P = 3·p·p:
+# values of a patch of p×p pixels. H = W = img. views: 2, or 1 with --targets one. Encoder, Decoder
+# and other parts stand at the end of the file, where B is any number of rows.
 
 def views(images, cfg):
-    """Two crops of each image, each flipped with probability 1/2. §3.1.1, Figure 5
+    """Two crops of each image, each flipped with probability 1/2. §3.1.1
 
     images: uint8 (B, 3, S, S) or a batch of Batches. Returns view1 and view2, normalised,
     (B, 3, img, img): the same one twice unless --targets is two.
     """
     def augment():
-        crop = random_resized_crop(images, cfg.img, (cfg.crop_min, 1.0), kernel=cfg.kernel)
+        crop = random_resized_crop(images, cfg.img, (cfg.crop_min, 1.0), kernel="bicubic")
         return normalize(random_hflip(crop))
     view1 = augment()
     return view1, (augment() if cfg.targets == "two" else view1)
@@ -143,9 +144,9 @@ class MVMAE(nn.Module):
         y = self.decoder(z, visible_ids)                          # §3.1.4, (views·B, N, P)
 
         target = patchify(x, cfg.patch)                                         # (views·B, N, P)
-        target = normalize_patches(target) if cfg.norm_pixels else target
+        target = normalize_patches(target) if cfg.norm_pixels else target       # MAE's variant
         counted = mask if cfg.pixels == "masked" else torch.ones_like(mask)
-        L_r = reconstruction_loss(y, target, counted)                           # Eq. 3
+        L_r = reconstruction_loss(y, target, counted)   # Eq. 3, over masked patches as in MAE
         if cfg.lam == 0:
             return {"loss": L_r, "reconstruction": L_r}
 
@@ -175,7 +176,8 @@ Model = MVMAE
 
 
 def reconstruction_loss(pred, target, mask):
-    """Mean squared error of (B, N, P) over the patches where mask (B, N) is True. Eq. 3"""
+    """Mean squared error of (B, N, P) over the patches where mask (B, N) is True. Eq. 3, over
+    masked patches as in MAE"""
     error = (pred.float() - target.float()).square().mean(2)                    # (B, N)
     return (error * mask).sum() / mask.sum()
 
@@ -219,7 +221,7 @@ def train(cfg):
     model = MVMAE(cfg).to(device)
     if cfg.init:
         load_encoder(model.encoder, cfg.init)
-    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    net = DistributedDataParallel(model) if world > 1 else model
     net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), betas=(0.9, 0.95), fused=True)
 
@@ -239,10 +241,10 @@ def train(cfg):
         run.log(step, losses)
         if run.epoch_done(step):                                  # or the last step, or Ctrl-C
             run.save(step)
-            if run.interrupted:
-                break
             run.evaluate(train_set, test_set)                     # kNN, effective rank
             run.draw(test_set or train_set)                       # curves, reconstruction
+        if run.interrupted:
+            break
     return run.finish()
 
 
@@ -396,6 +398,7 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, z, visible_ids):
+        """(B, 1 + V, D), (B, V) → (B, N, P)"""
         cls, tokens = self.embed(z).split([1, visible_ids.shape[1]], 1)
         N = self.pos_embed.shape[1] - 1
         x = self.mask_token.to(tokens.dtype).expand(len(z), N, -1)              # (B, N, width)

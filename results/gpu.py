@@ -1,0 +1,191 @@
+"""Checks and measures all methods on one CUDA GPU in ten minutes.
+
+    python -m results.gpu --out runs/gpu --data cifar10      on a GPU
+    python -m results.gpu --out runs/try --rehearse          tiny sizes on the CPU
+
+Four parts, each a process with a time limit; one that fails does not stop the next:
+  agree   each method and backbone: three steps in float32 and bfloat16 against float32 on the CPU,
+          from the same weights, masks and views; a resumed and a compiled run
+  speed   60 steps of each default configuration, then of batches 16 and 256
+  views   views alone at 32 and 224 pixels
+  mclim   MCLim as in the paper (224 pixels, 768 × 6), batch 64, as many epochs as fit
+Every figure is printed and written to OUT/figures.json as soon as it is known.
+"""
+import argparse
+import csv
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import camae
+import cmae
+import macrl
+import mclim
+import mvmae
+from common import autocast, seed_step
+from images import Images
+from speed import gflop_per_image, matrix_rate, seconds
+
+LIMITS = {"agree": 130, "speed": 190, "views": 40, "mclim": 210}  # seconds
+METHODS = (mclim, mvmae, cmae, macrl, camae)
+FORMS = [(method, {}) for method in METHODS] + [(mclim, {"backbone": "swin"}),
+                                                (mclim, {"backbone": "hivit"})]
+
+
+def note(out, name, job):
+    """Prints the figures that job() returns, or its error, and adds them to figures.json."""
+    try:
+        figures = job()
+    except Exception as error:  # the other figures are worth having
+        figures = {"error": f"{type(error).__name__}: {error}"[:500]}
+    print(name, json.dumps(figures), flush=True)
+    file = out / "figures.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**known, name: figures}, indent=1) + "\n")
+
+
+def losses_of_steps(module, cfg, device, amp):
+    """All loss terms of three steps from fixed weights, masks and views."""
+    torch.manual_seed(0)
+    model, views = module.Model(cfg), torch.randn(2, cfg.batch, 3, cfg.img, cfg.img)
+    N = model.N_b if module is mclim else model.N
+    rows = 2 * cfg.batch if module is mvmae else cfg.batch  # Multi-View MAE masks both at once
+    names = {cmae: ["mask_q", "mask_k"], macrl: ["mask_s", "mask_w"]}.get(module, ["mask"])
+    masks = {name: module.random_mask(rows, N, getattr(cfg, name, cfg.mask)).to(device)
+             for name in names}
+    model, (view1, view2) = model.to(device), views.to(device)
+    optimizer, values = torch.optim.SGD(model.parameters(), lr=1e-3), []
+    for _ in range(3):
+        with autocast(device, amp):
+            losses = model(view1, view2, **masks)
+        losses["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        values += [value.item() for value in losses.values()]
+    return values
+
+
+def last_loss(folder):
+    with open(folder / "metrics.csv", newline="") as table:
+        return float([row["loss"] for row in csv.DictReader(table) if row["loss"]][-1])
+
+
+def agree(out, device, rehearse):
+    for module, form in FORMS:
+        cfg = replace(module.TINY, data="shapes", images=160, img=32, depth=2, batch=32, epochs=2,
+                      warmup=0.2, device=device.type, log_every=1, eval_every=0, **form)
+        name = " ".join([module.__name__, *form.values()])
+
+        def compare(amp):
+            pairs = zip(losses_of_steps(module, cfg, device, amp),
+                        losses_of_steps(module, cfg, torch.device("cpu"), False))
+            return max(abs(a - b) / max(abs(b), 1e-6) for a, b in pairs)
+
+        def resume():
+            folder = module.train(replace(cfg, out=str(out / "runs" / name)))
+            whole = last_loss(folder)
+            (folder / "last.pt").unlink()  # previous.pt is of the first epoch
+            module.train(replace(cfg, out=str(folder), resume=str(folder)))
+            return {"whole": whole, "resumed": last_loss(folder)}
+
+        def compiled():
+            folder = str(out / "runs" / f"{name} compiled")
+            return last_loss(module.train(replace(cfg, compile=True, out=folder)))
+
+        note(out, f"agree {name} float32", lambda: {"relative difference": compare(False)})
+        note(out, f"agree {name} bfloat16", lambda: {"relative difference": compare(True)})
+        if not rehearse or module is mvmae:
+            note(out, f"agree {name} resumed", resume)
+            note(out, f"agree {name} compiled", lambda: {"loss": compiled()})
+
+
+def speed(out, device, rehearse):
+    dtype = torch.float32 if rehearse else torch.bfloat16
+    limit = matrix_rate(device, dtype)
+    note(out, "matrix product", lambda: {"TFLOP/s": limit / 1e12})
+    for batch in (0, 16, 256)[:1 if rehearse else 3]:
+        for module, form in FORMS:
+            cfg = replace(module.TINY, batch=4) if rehearse else replace(module.Config(), **form)
+            cfg = replace(cfg, batch=batch or cfg.batch)
+            name = " ".join(["speed", module.__name__, *form.values(), f"batch {cfg.batch}"])
+            note(out, name, lambda: speed_of_steps(module, cfg, device, limit,
+                                                   2 if rehearse else 60))
+
+
+def random_images(cfg, device):
+    side = round(cfg.img * 8 / 7)
+    return Images(torch.randint(256, (cfg.batch, 3, side, side), dtype=torch.uint8).to(device))
+
+
+def speed_of_steps(module, cfg, device, limit, count):
+    """Rate, peak memory and losses of `count` steps, behind three others."""
+    model, images = module.Model(cfg).to(device), random_images(cfg, device)
+    optimizer = torch.optim.AdamW(module.param_groups(model, cfg.wd), lr=1e-4, fused=True)
+    losses = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for step in range(count + 3):
+        if step == 3:
+            losses[-1].item()  # waits for the device
+            begin = time.time()
+        seed_step(0, step)
+        view1, view2 = module.views(images, cfg)[:2]
+        with autocast(device):
+            loss = model(view1, view2)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    first, *_, last = torch.stack(losses).tolist()
+    rate = count * cfg.batch / (time.time() - begin)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0
+    return {"images/s": rate, "fraction of matrix rate": rate * gflop_per_image(cfg) * 1e9 / limit,
+            "peak GB": peak, "first loss": first, "last loss": last}
+
+
+def views(out, device, rehearse):
+    for module in METHODS:
+        for img, patch in ((32, 4), (224, 16)):
+            cfg = replace(module.TINY, img=img, patch=patch, batch=4 if rehearse else 64)
+            images = random_images(cfg, device)
+            note(out, f"views {module.__name__} {img}", lambda: {
+                "images/s": cfg.batch / seconds(lambda: module.views(images, cfg), device, 1.0)})
+
+
+def run_mclim(out, device, data, rehearse):
+    cfg = replace(mclim.TINY, images=256) if rehearse else mclim.Config()
+    mclim.train(replace(cfg, data=data, root=str(out / "data"), out=str(out / "mclim"), batch=64,
+                        epochs=1 if rehearse else 100, warmup=0.2 if rehearse else cfg.warmup,
+                        eval_every=1, device=device.type))
+
+
+def main():
+    parser = argparse.ArgumentParser("python -m results.gpu", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the figures")
+    parser.add_argument("--data", default="shapes", help="data set of the last part")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--part", choices=LIMITS, help="only this part, without a time limit")
+    args = parser.parse_args()
+    if not (args.rehearse or torch.cuda.is_available()):
+        parser.error("no CUDA GPU is available; --rehearse tries the script on the CPU")
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cpu" if args.rehearse else "cuda")
+    if args.part == "mclim":
+        run_mclim(args.out, device, args.data, args.rehearse)
+    elif args.part:
+        {"agree": agree, "speed": speed, "views": views}[args.part](args.out, device, args.rehearse)
+    else:
+        for part, limit in LIMITS.items():
+            command = [sys.executable, "-m", "results.gpu", *sys.argv[1:], "--part", part]
+            note(args.out, f"part {part}",
+                 lambda: {"status": subprocess.run(command, timeout=limit).returncode})
+
+
+if __name__ == "__main__":
+    main()

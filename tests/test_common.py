@@ -1,0 +1,589 @@
+"""Flags, batches, kNN, checkpoints and the run folder; and what every method must do."""
+import argparse
+import contextlib
+import csv
+import dataclasses
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import common
+import mvmae
+from common import Batches, Run, RunConfig, UserError, load_checkpoint, load_encoder
+from conftest import METHODS, ROOT, build, normal, program, slow, small
+from images import Images, load_images
+
+every_method = pytest.mark.parametrize("method", METHODS)
+CPU = torch.device("cpu")
+
+
+def parse(arguments, Config=mvmae.Config, TINY=mvmae.TINY, file=mvmae.__file__):
+    typed = vars(common.make_parser(file, "A method.", Config, TINY).parse_args(arguments.split()))
+    return common.make_config(typed, Config, TINY, Path(file).stem)
+
+
+def rows_of(folder):
+    with open(folder / "metrics.csv", newline="") as table:
+        return list(csv.DictReader(table))
+
+
+# Flags
+
+@dataclasses.dataclass
+class Plain(RunConfig):
+    epochs: float = 5
+    warmup: float = 2.0
+    tau: float = 0.1
+    wide: bool = False  # width in % of something
+
+
+def test_flags_are_the_fields_with_or_without_a_comment(capsys):
+    cfg = parse("--tau 0.5 --wide --no-amp --out x", Plain, Plain(tau=0.2, tiny=True))
+    assert (cfg.tau, cfg.wide, cfg.amp, cfg.out, cfg.seed) == (0.5, True, False, "x", 0)
+    assert parse("--tiny", Plain, Plain(tau=0.2, tiny=True)).tau == 0.2
+    with pytest.raises(SystemExit):
+        parse("--help", Plain, Plain(tau=0.2, tiny=True))
+    text = " ".join(capsys.readouterr().out.split())
+    assert "width in % of something (default: False)" in text
+    assert text.index("--tau") < text.index("--data") and "(default: 0.1, tiny: 0.2)" in text
+    assert all("--" + field.name.replace("_", "-") in text for field in dataclasses.fields(Plain))
+
+
+def test_a_field_of_another_type_is_an_error():
+    @dataclasses.dataclass
+    class Listed(RunConfig):
+        sizes: list = None
+    with pytest.raises(TypeError, match="sizes"):
+        common.make_parser("x.py", "X", Listed, Listed())
+
+
+def test_an_untyped_warm_up_is_at_most_a_fifth():
+    assert parse("--epochs 4", Plain, Plain()).warmup == 0.8
+    assert parse("", Plain, Plain()).warmup == 1.0
+    assert parse("--warmup 3", Plain, Plain()).warmup == 3
+
+
+def test_resume_takes_the_runs_config_and_new_fields_take_their_defaults(tmp_path, capsys):
+    saved = {**dataclasses.asdict(mvmae.TINY), "tau": 0.3, "gone": 1}
+    del saved["pool"]
+    (tmp_path / "config.json").write_text(json.dumps({"method": "mvmae", "config": saved}))
+    cfg = parse(f"--resume {tmp_path} --log-every 7")
+    assert (cfg.tau, cfg.dim, cfg.log_every, cfg.pool) == (0.3, 192, 7, "mean")
+    said = capsys.readouterr().out
+    assert "--pool: new, takes its default" in said and "--gone: is gone" in said
+    with pytest.raises(UserError, match="--batch 99.* was started with 128"):
+        parse(f"--resume {tmp_path} --batch 99")
+    with pytest.raises(UserError, match="is a run of mvmae.py"):
+        parse(f"--resume {tmp_path}", file="other.py")
+
+
+BAD = {
+    "flag": ("--nope 1", "--nope"),
+    "choice": ("--device tpu", "--device"),
+    "number": ("--lr fast", "--lr"),
+    "negative": ("--lr -1", "--lr"),
+    "not finite": ("--wd inf", "--wd"),
+    "mask": ("--mask 1.5", "--mask"),
+    "mask nan": ("--mask nan", "--mask"),
+    "patch": ("--tiny --patch 5", "--patch 5"),
+    "batch": ("--batch 1", "--batch 1"),
+    "warm-up": ("--epochs 1 --warmup 1", "--warmup"),
+    "seed": ("--seed 20261120220000", "--seed"),
+    "large batch": ("--tiny --data shapes --batch 9999", "try --batch 5000"),
+    "many images": ("--tiny --data shapes --images 9999", "--images 9999"),
+    "no data": ("--data nowhere", "--data nowhere"),
+    "cuda": ("--device cuda", "--device cuda"),
+    "out": ("--tiny --data shapes --out {tmp}", "--out"),
+    "no run": ("--resume {tmp}", "config.json"),
+    "init": ("--tiny --data shapes --init {tmp}/no.pt", "no.pt"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line_and_status_2(case, tmp_path, capsys):
+    arguments, words = BAD[case]
+    (tmp_path / "something").touch()
+    with pytest.raises(SystemExit) as stop:
+        mvmae.main(arguments.format(tmp=tmp_path).split())
+    usage, line = capsys.readouterr().err.strip().split("\n")
+    assert stop.value.code == 2 and usage.startswith("usage") and words in line
+    assert [file.name for file in tmp_path.iterdir()] == ["something"]
+
+
+def test_a_loss_that_is_not_finite_ends_with_the_step_and_status_1(tmp_path, capsys, monkeypatch):
+    forward = mvmae.MVMAE.forward
+
+    def broken(self, *views):
+        return {name: value * math.nan for name, value in forward(self, *views).items()}
+    monkeypatch.setattr(mvmae.MVMAE, "forward", broken)
+    with pytest.raises(SystemExit) as stop:
+        mvmae.main(f"--tiny --data shapes --images 64 --batch 32 --dim 24 --log-every 1 "
+                   f"--out {tmp_path}/run".split())
+    line = capsys.readouterr().err
+    assert stop.value.code == 1 and "step 0" in line and "contrast" in line
+
+
+@pytest.mark.parametrize("environment", [
+    {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}, {"WORLD_SIZE": "2"},
+    {"WORLD_SIZE": ""}])
+def test_a_strange_environment_does_not_matter(environment, monkeypatch, tmp_path):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    done = program("-c", "import common, plots; print(common.start_processes('cpu'))")
+    assert done.returncode == 0 and "0, 1)" in done.stdout, done.stderr
+
+
+def test_a_closed_output_does_not_matter(tmp_path):
+    command = (f"{sys.executable} mvmae.py --tiny --data shapes --images 16 --batch 16 --dim 24 "
+               f"--depth 1 --epochs 1 --eval-every 0 --out {tmp_path}/run >&-")
+    done = subprocess.run(command, shell=True, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and (tmp_path / "run" / "encoder.pt").exists(), done.stderr
+
+
+# Batches
+
+def test_batches_cover_an_epoch_and_are_shared_between_processes():
+    pixels = torch.arange(103, dtype=torch.uint8)[:, None, None, None].expand(103, 3, 2, 2)
+    images = Images(pixels, aspect=torch.arange(103.0))
+    alone = Batches(images, 10, 0, CPU)
+    epoch = [alone[step] for step in range(10)]
+    ids = torch.cat([batch.aspect for batch in epoch])
+    assert torch.equal(ids.byte(), torch.cat([batch.pixels[:, 0, 0, 0] for batch in epoch]))
+    assert len(alone) == 10 and len(ids.unique()) == 100
+    assert not torch.equal(ids, torch.cat([alone[step].aspect for step in range(10, 20)]))
+    two = [Batches(images, 5, 0, CPU, rank, 2) for rank in (0, 1)]
+    for step in (0, 7, 13):
+        halves = torch.cat([half[step].aspect for half in two])
+        assert torch.equal(halves, alone[step].aspect)
+
+
+def test_a_dataset_of_ones_own_is_a_tensor():
+    batch = Batches(Images(torch.zeros(4, 3, 20, 20, dtype=torch.uint8)), 2, 0, CPU)[0]
+    assert mvmae.views(batch, small("mvmae"))[0].shape == (2, 3, 16, 16)
+    assert batch.labels.tolist() == [-1, -1] and batch.aspect.tolist() == [1, 1]
+
+
+def test_random_numbers_depend_on_seed_step_and_rank():
+    def draw(*key):
+        common.seed_step(*key)
+        return torch.rand(1).item()
+    keys = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1000, 9)]
+    assert len({draw(*key) for key in keys}) == 5 and draw(0, 1, 0) == draw(0, 1, 0)
+
+
+def test_a_fixed_choice_of_images_is_loaded_at_eight_sevenths_of_the_views():
+    train, test = common.load_data(small("mvmae", images=7))
+    assert len(train) == 7 and len(test) == 1000 and train.pixels.shape[2] == 18
+    assert torch.equal(train.labels, load_images("shapes", "train", 18).labels[
+        common.fixed_choice(5000, 7)])
+
+
+# Evaluation
+
+def test_knn_is_the_weighted_vote_of_the_nearest():
+    bank, labels, queries = normal(30, 4), torch.arange(30) % 3, normal(8, 4, seed=1)
+    truth = []
+    for q in queries:
+        cosine = [(q @ b / q.norm() / b.norm()).item() for b in bank]
+        votes = [0.0] * 3
+        for j in sorted(range(30), key=lambda j: -cosine[j])[:5]:
+            votes[labels[j]] += math.exp(cosine[j] / 0.07)
+        truth.append(votes.index(max(votes)))
+    truth = torch.tensor(truth)
+    assert common.knn_accuracy(bank, labels, queries, truth, k=5) == 1
+    wrong = (truth + (torch.arange(8) < 2)) % 3
+    assert common.knn_accuracy(bank, labels, queries, wrong, k=5) == 0.75
+
+
+def test_effective_rank_is_rankmes():
+    features = normal(40, 6)
+    sigma = torch.linalg.svd(features.double())[1].tolist()
+    p = [value / sum(sigma) + 1e-7 for value in sigma]
+    expected = math.exp(-sum(v * math.log(v) for v in p))
+    assert common.effective_rank(features) == pytest.approx(expected, rel=1e-4)
+    assert common.effective_rank(normal(40, 1) @ normal(1, 6)) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(monkeypatch, native):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: native or including_emulation)
+    monkeypatch.setattr(torch, "autocast", lambda device, dtype, enabled: enabled)
+    assert common.autocast(torch.device("cuda")) is native
+    assert not common.autocast(torch.device("cuda"), amp=False)
+
+
+# Checkpoints
+
+@pytest.fixture
+def saved(tmp_path):
+    """A run folder with one checkpoint, and its model."""
+    model = build(small("mvmae", dim=24, depth=1))
+    common.save_checkpoint(tmp_path, "mvmae", 1, model.cfg, model=model)
+    return tmp_path, model
+
+
+def test_a_flipped_bit_is_found(saved):
+    folder, model = saved
+    whole, found = (folder / "last.pt").read_bytes(), 0
+    for place in torch.randint(8 * len(whole), (30,)).tolist():
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        (folder / "last.pt").write_bytes(flipped)
+        try:
+            state = load_checkpoint(folder)["model"]
+        except UserError as error:
+            assert "last.pt is damaged" in str(error)
+            found += 1
+        else:  # between the entries of the file
+            assert all(torch.equal(state[n], v) for n, v in model.state_dict().items())
+    assert found >= 25
+
+
+def test_previous_is_the_checkpoint_before(saved):
+    folder, model = saved
+    common.save_checkpoint(folder, "mvmae", 2, model.cfg, model=model)
+    assert load_checkpoint(folder)["step"] == 2
+    (folder / "last.pt").unlink()
+    assert load_checkpoint(folder, model=model)["step"] == 1
+    assert load_checkpoint(folder / "previous.pt")["config"]["dim"] == 24
+
+
+def test_a_checkpoint_that_does_not_fit_is_named(saved):
+    folder, _ = saved
+    with pytest.raises(UserError, match="last.pt does not fit"):
+        load_checkpoint(folder, model=build(small("mvmae", dim=36, depth=1)))
+    torch.save({"a": 1}, folder / "last.pt")
+    with pytest.raises(UserError, match="is not a run's checkpoint"):
+        load_checkpoint(folder)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        load_checkpoint(folder.parent)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(saved):
+    folder, model = saved
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="last.pt"):
+            common.save_checkpoint(folder, "mvmae", 2, model.cfg, model=model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert load_checkpoint(folder)["step"] == 1 and not list(folder.glob("*.part"))
+
+
+def test_an_encoder_is_loaded_from_runs_checkpoints_and_timm(saved, tmp_path):
+    folder, model = saved
+    state = model.encoder.state_dict()
+    torch.save(state, folder / "encoder.pt")
+    torch.save({**state, "head.weight": torch.zeros(9, 24)}, tmp_path / "timm.pth")
+    torch.save({"model": state}, tmp_path / "mae.pth")
+    for file in (folder, folder / "last.pt", folder / "encoder.pt", tmp_path / "timm.pth",
+                 tmp_path / "mae.pth"):
+        encoder = build(small("mvmae", dim=24, depth=1, seed=5)).encoder
+        load_encoder(encoder, file)
+        assert all(torch.equal(v, state[n]) for n, v in encoder.state_dict().items())
+
+
+def test_an_encoder_that_does_not_fit_is_named(saved, tmp_path):
+    folder, model = saved
+    deeper = build(small("mvmae", dim=24, depth=2)).encoder
+    with pytest.raises(UserError, match="blocks.1"):
+        load_encoder(deeper, folder / "last.pt")
+    torch.save({"model": model.encoder.state_dict(), "args": argparse.Namespace(lr=1)},
+               tmp_path / "training.pth")
+    with pytest.raises(UserError) as error:
+        load_encoder(model.encoder, tmp_path / "training.pth")
+    lines = str(error.value).splitlines()[1:]
+    with contextlib.chdir(tmp_path):
+        exec("\n".join(lines), {"torch": torch})
+        load_encoder(model.encoder, "weights.pt")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    with pytest.raises(UserError, match="tensor.pt"):
+        load_encoder(model.encoder, tmp_path / "tensor.pt")
+
+
+# Runs
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A Run of 10 steps an epoch, 20 steps in all, that draws no pictures."""
+    cfg = small("mvmae", epochs=2, log_every=4, eval_every=1, out=str(tmp_path / "run"))
+    model = build(cfg)
+    optimizer = torch.optim.AdamW(model.parameters())
+    images = load_images("shapes", "train", 18)[torch.arange(160)]
+    yield Run("here/mine.py", cfg, Batches(images, 16, 0, CPU), 20, model=model,
+              optimizer=optimizer)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM
+                      else signal.default_int_handler)
+
+
+def losses(value):
+    return {"loss": torch.tensor(float(value)), "contrast": torch.tensor(0.0)}
+
+
+def test_rows_are_means_over_the_steps_since_the_last_row(run, capsys):
+    for step in range(20):
+        run.log(step, losses(step))
+    found = [(int(row["step"]), float(row["loss"])) for row in rows_of(run.folder)]
+    assert found == [(4, 1.5), (8, 5.5), (10, 8.5), (14, 11.5), (18, 15.5), (20, 18.5)]
+    lines = capsys.readouterr().out.splitlines()[-6:]
+    assert all("loss" in line[:80] and "images/s" in line[:80] and "left" in line[:80]
+               for line in lines)
+
+
+def test_new_columns_may_come_at_any_row(run):
+    run.log(3, losses(1))
+    run.write({"step": 4, "epoch": 0.4, "new": 7})
+    run.log(7, losses(2))
+    first, second, third = rows_of(run.folder)
+    assert (first["new"], second["new"], third["new"]) == ("", "7", "")
+    assert (first["loss"], second["loss"], third["loss"]) == ("1.0", "", "2.0")
+
+
+def test_the_first_signal_finishes_the_step_and_the_second_ends_the_program(run, capfd):
+    run.log(0, losses(1))
+    assert not run.interrupted and not run.epoch_done(0)
+    signal.raise_signal(signal.SIGTERM)
+    run.log(1, losses(1))
+    assert run.interrupted and run.epoch_done(1)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with pytest.raises(SystemExit) as stop:
+        run.finish()
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert "--resume" in capfd.readouterr().out
+
+
+def test_a_run_belongs_to_the_file_that_trained_it(run):
+    facts = json.loads((run.folder / "config.json").read_text())
+    assert facts["method"] == "mine" and facts["images"] == 160 and facts["classes"] == 10
+    assert facts["config"] == dataclasses.asdict(run.cfg)
+    run.log(19, losses(1))
+    run.save(19)
+    assert load_checkpoint(run.folder)["method"] == "mine"
+
+
+@pytest.mark.parametrize("kind", ["no test images", "no labels", "labels"])
+def test_evaluation_measures_knn_where_there_are_labels(run, kind, capsys):
+    train = run_images = load_images("shapes", "train", 18)[torch.arange(40)]
+    test = None if kind == "no test images" else load_images("shapes", "test", 18)[torch.arange(20)]
+    if kind == "no labels":
+        train = Images(run_images.pixels)
+    run.log(9, losses(1))
+    run.evaluate(train, test)
+    row, said = rows_of(run.folder)[-1], capsys.readouterr().out
+    assert 1 <= float(row["rank"]) <= 40
+    assert bool(row.get("knn")) == (kind == "labels")
+    assert ("20 test images among 40 training images" in said) == (kind == "labels")
+
+
+def test_pictures_of_a_run(run):
+    images = load_images("shapes", "train", 18)
+    run.log(19, losses(1))
+    run.draw(images)
+    for name in ("reconstruction.png", "curves.png"):
+        assert Image.open(run.folder / name).size[0] > 500
+
+
+def test_another_number_of_images_is_refused_at_resume(tmp_path, capsys):
+    folder = tmp_path / "set"
+    for i in range(6):
+        (folder / "train").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (40 * i, 0, 0)).save(folder / "train" / f"{i}.png")
+    common_flags = f"--root {tmp_path}/root".split()
+    cfg = small("mvmae", data=str(folder), images=0, batch=3, root=f"{tmp_path}/root",
+                out=f"{tmp_path}/run", dim=24, depth=1)
+    mvmae.train(cfg)
+    shutil.copy(folder / "train" / "0.png", folder / "train" / "7.png")
+    with pytest.raises(SystemExit) as stop:
+        mvmae.main(["--resume", f"{tmp_path}/run", *common_flags])
+    assert stop.value.code == 2
+    assert "started with 6 images; there are 7" in capsys.readouterr().err
+
+
+def weights(folder):
+    state = load_checkpoint(folder)
+    moments = {f"{i}.{name}": value for i, entry in state["optimizer"]["state"].items()
+               for name, value in entry.items()}
+    return {**state["model"], **moments}
+
+
+def assert_same_end(folder, whole):
+    ours, theirs = weights(folder), weights(whole)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    rows = [[{name: value for name, value in row.items() if name != "images_per_second"}
+             for row in rows_of(place)] for place in (folder, whole)]
+    assert rows[0] == rows[1] and not list(folder.glob("*.part"))
+
+
+@slow
+def test_a_process_killed_at_three_moments_ends_in_the_same_weights(tmp_path):
+    flags = ("--tiny --data shapes --img 16 --dim 48 --depth 2 --images 480 --batch 16 --epochs 6 "
+             "--eval-every 0 --log-every 7").split()
+    done = program("mvmae.py", *flags, "--out", tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    arguments, moments = [*flags, "--out", tmp_path / "killed"], random.Random(0)
+    for _ in range(3):
+        command = [sys.executable, "mvmae.py", *map(str, arguments)]
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                   stdout=subprocess.DEVNULL)
+        while not (tmp_path / "killed" / "last.pt").exists() and process.poll() is None:
+            time.sleep(0.01)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=4 + 2 * moments.random())
+        process.kill()
+        process.wait()
+        arguments = ["--resume", tmp_path / "killed"]
+    with open(tmp_path / "killed" / "metrics.csv", "a") as table:
+        table.write("999,9")  # a row that was cut off
+    done = program("mvmae.py", "--resume", tmp_path / "killed")
+    assert done.returncode == 0, done.stderr
+    assert_same_end(tmp_path / "killed", tmp_path / "whole")
+
+
+@slow
+def test_ctrl_c_under_torchrun_saves(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               "--master-port", "29651", "mvmae.py", "--tiny", "--data", "shapes", "--img", "16",
+               "--dim", "48", "--depth", "1", "--batch", "16", "--epochs", "1000", "--eval-every",
+               "0", "--log-every", "3", "--out", str(tmp_path / "run")]
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                   stdout=said, stderr=said, start_new_session=True)
+    while not (tmp_path / "run" / "metrics.csv").exists() and process.poll() is None:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    process.wait()
+    said = (tmp_path / "said").read_text()
+    assert (tmp_path / "run" / "last.pt").exists() and "stopped after" in said, said
+    assert 'mvmae.py", line' not in said and 'common.py", line' not in said, said
+
+
+LONE = """
+import mvmae, torch.distributed as dist
+from common import require, run_program, start_processes
+
+def train(cfg):
+    require(start_processes("cpu")[0] == 0, "only one process knows this")
+    dist.barrier()
+
+run_program(__file__, "X", mvmae.Config, mvmae.TINY, train)
+"""
+
+
+@slow
+def test_a_process_that_fails_alone_ends_all(tmp_path):
+    (tmp_path / "lone.py").write_text(LONE)
+    done = program("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+                   "29653", tmp_path / "lone.py")
+    assert done.returncode != 0 and "lone.py: error: only one process knows this" in done.stderr
+
+
+# What every method must do
+
+VARIANTS = [(method, {}) for method in METHODS] + [
+    ("mclim", {"backbone": "swin", "img": 32, "dim": 192, "depth": 1}),
+    ("mclim", {"backbone": "hivit", "img": 32, "dim": 192, "depth": 1})]
+
+
+@every_method
+def test_the_encoder_gives_tokens_and_features(method):
+    encoder, x = build(small(method)).encoder, normal(4, 3, 16, 16)
+    features, tokens = encoder.features(x), encoder.tokens(x)
+    assert features.shape == (4, 48) and features.dtype == torch.float32
+    assert tokens.shape == (4, 16, 48)
+    assert torch.equal(features, encoder.features(x))
+    expected = encoder(x)[:, 0] if getattr(encoder, "pool", "mean") == "cls" else tokens.mean(1)
+    assert torch.allclose(features, expected, atol=1e-6)
+
+
+@every_method
+def test_a_vits_state_dict_has_timms_names(method):
+    names = set(build(small(method, depth=1)).encoder.state_dict())
+    block = {f"blocks.0.{part}.{kind}" for kind in ("weight", "bias")
+             for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")}
+    others = {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight",
+              "norm.bias"}
+    assert names - {"cls_token"} == block | others
+
+
+@every_method
+def test_timms_vit_gives_the_same_features(method):
+    timm = pytest.importorskip("timm", reason="timm is not installed, and nothing else needs it")
+    encoder, x = build(small(method)).encoder, normal(3, 3, 16, 16)
+    pool = "token" if getattr(encoder, "pool", "mean") == "cls" else "avg"
+    theirs = timm.create_model("vit_base_patch16_224", img_size=16, patch_size=4, embed_dim=48,
+                               depth=2, num_heads=3, num_classes=0, global_pool=pool,
+                               class_token=hasattr(encoder, "cls_token"), fc_norm=False).eval()
+    theirs.load_state_dict(encoder.state_dict())
+    assert torch.allclose(theirs(x), encoder.features(x), atol=1e-5)
+
+
+@every_method
+def test_reconstruction_shows_what_was_masked(method):
+    model, x = build(small(method)), normal(4, 3, 16, 16)
+    masked, prediction = model.reconstruct(x)
+    visible = masked == x
+    assert visible.float().mean() == 1 - round(model.cfg.mask * 16) / 16
+    assert (masked[~visible] == 0).all() and torch.allclose(prediction[visible], x[visible])
+    assert not torch.allclose(prediction[~visible], x[~visible])
+
+
+@every_method
+def test_views_are_normalized_and_differ(method):
+    images = load_images("shapes", "train", 18)[torch.arange(64)]
+    module = sys.modules[type(small(method)).__module__]
+    view1, view2 = module.views(images, small(method))[:2]
+    assert view1.shape == view2.shape == (64, 3, 16, 16) and view1.dtype == torch.float32
+    assert not torch.equal(view1, view2)
+    assert view1.min() >= -2.2 and view1.max() <= 2.7 and 0.3 < view1.std() < 2
+    assert torch.equal(module.views(images.pixels[:0], small(method))[0], view1[:0])
+
+
+@pytest.mark.parametrize("method, changes", VARIANTS)
+def test_a_step_waits_for_nothing_and_stays_on_its_device(method, changes, monkeypatch):
+    """On the meta device a value that is read and a stray CPU tensor raise."""
+    autocast = torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda device, *args, **kwargs: (
+        contextlib.nullcontext() if device == "meta" else autocast(device, *args, **kwargs)))
+    cfg = small(method, **changes)
+    model = build(cfg).to("meta")
+    images = load_images("shapes", "train", round(cfg.img * 8 / 7))[torch.arange(8)]
+    images.pixels = images.pixels.to("meta")
+    views = sys.modules[type(cfg).__module__].views(images, cfg)
+    assert all(view.device.type == "meta" for view in views)
+    model(*views)["loss"].backward()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        views[0].sum().item()
+
+
+@every_method
+def test_views_need_few_copies_to_the_device(method):
+    """Counted as copies of CPU tensors to the meta device."""
+    cfg = small(method)
+    images = load_images("shapes", "train", 18)[torch.arange(8)]
+    images.pixels = images.pixels.to("meta")
+    copies = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu":
+                copies.append((kwargs or {}).get("device"))
+            return func(*args, **(kwargs or {}))
+    with Count():
+        sys.modules[type(cfg).__module__].views(images, cfg)
+    assert 1 <= sum(device is not None and device.type == "meta" for device in copies) <= 12

@@ -4,9 +4,10 @@
     python compare.py --tiny --data PATH --gflop 2000000              your images with classes
     python compare.py --tiny --data PATH --rows FILE --epochs 4       your own rows
 
-A row is a line of FILE: NAME = METHOD.py FLAGS, with any method file of this folder. Flags that are
-not listed below go to every row; a row's own take precedence. --gflop is the compute of a run, in
-10⁹ floating-point operations of forward and backward; with --epochs, epochs are equal instead.
+A line of FILE reads NAME = METHOD.py FLAGS, for example MAE = mvmae.py --targets one --lam 0.
+Without --rows each method file of this folder is a row. Flags that are not listed below go to every
+row; a row's own take precedence. --gflop is the compute of a run, in 10⁹ floating-point operations
+of forward and backward; with --epochs, epochs are equal instead.
 
 Each run is a run folder in --out and is evaluated by eval_linear.py. After Ctrl-C the same command
 continues; rows and seeds may be added. table.txt, .csv and .png have mean, standard deviation and
@@ -17,7 +18,6 @@ import csv
 import dataclasses
 import json
 import math
-import os
 import re
 import signal
 import statistics
@@ -47,9 +47,9 @@ def read_rows(text):
         name, _, command = line.partition(" = ")
         require(command.split(), f"--rows: {line!r} must read NAME = METHOD.py FLAGS")
         require(folder_name(name) not in ["", *map(folder_name, rows)],
-                f"--rows: {line!r} needs a name that differs from others in letters or digits")
+                f"--rows: {line!r} needs another name")
         rows[name.strip()] = command.split()[0], command.split()[1:]
-    require(rows, "--rows: the file has no lines NAME = METHOD.py FLAGS")
+    require(rows, "--rows: the file has no rows")
     return rows
 
 
@@ -78,7 +78,7 @@ def plan(rows, flags, args):
         steps = int(args.gflop / cost) if compute else max(1, round(cfg.epochs * per_epoch))
         require(steps > 0, f"--gflop {args.gflop} is less than a step of {row}, {cost:.4g}")
         print(f"{row}: {steps:,} steps of {cost:.4g} GFLOP, {steps / per_epoch:.3g} epochs")
-        for seed in args.seeds:
+        for seed in set(args.seeds):
             folder = Path(args.out, f"{folder_name(row)}-{seed}")
             budget = {"epochs": steps / per_epoch} if compute else {}
             cfg = config_of(module, [*flags, *own], seed=seed, out=str(folder), **budget)
@@ -92,7 +92,7 @@ def plan(rows, flags, args):
     if not compute and not any(word.split("=")[0] == "--epochs" for word in flags):
         row = max(costs, key=costs.get)
         budget = float(f"{10 * costs[row]:.2g}")
-        raise UserError(f"--gflop is missing: --gflop {budget:.0f} pays for 10 epochs of {row}")
+        raise UserError(f"add --gflop {budget:.0f}, which pays for 10 epochs of {row}")
     return sorted(jobs, key=lambda job: args.seeds.index(job.cfg.seed))
 
 
@@ -146,7 +146,7 @@ def pooled_deviation(values):
 
 
 def p_value(values, row, baseline):
-    """p of a row against the baseline; NaN for the baseline itself and without any variance."""
+    """p of a row against the baseline; NaN for the baseline itself or without any variance."""
     deviation, df = pooled_deviation(values)
     if row == baseline or baseline not in values or not deviation > 0:
         return math.nan
@@ -161,7 +161,7 @@ def spread(scores):
 
 
 def write_table(out, jobs, results, baseline):
-    """Writes table.txt, .csv and .png of `results`, folder → scores. Returns the text."""
+    """Writes table.txt, .csv, .png of `results`, folder → scores. Returns the text."""
     done = [job for job in jobs if job.folder in results]
     rows = list(dict.fromkeys(job.row for job in done))
     scores = {title: {row: [results[job.folder][score] for job in done if job.row == row]
@@ -213,11 +213,11 @@ def draw_table(file, scores, baseline):
 # The program
 
 def compare(args, flags):
-    """Does what the command line asks; `flags` go to every row. Returns how many runs failed."""
-    require("RANK" not in os.environ, "compare.py runs in one process, without torchrun")
-    require(args.gflop is None or 0 < args.gflop < math.inf, "--gflop must be positive")
-    require(len(set(args.seeds)) == len(args.seeds), "two --seeds are equal")
-    rows = read_rows(Path(args.rows).read_text("utf-8"))
+    """Runs the comparison; `flags` go to every row. Returns how many runs failed."""
+    files = [file for file in sorted(Path(__file__).parent.glob("*.py"))
+             if "\nModel = " in file.read_text("utf-8")]
+    rows = read_rows(Path(args.rows).read_text("utf-8") if args.rows else
+                     "\n".join(f"{file.stem} = {file.name}" for file in files))
     baseline = args.baseline or next(iter(rows))
     require(baseline in rows, f"--baseline {baseline}: the rows are {', '.join(rows)}")
     jobs = plan(rows, flags, args)
@@ -241,12 +241,11 @@ def main(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser("compare.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    rows = Path(__file__).with_name("results") / "table.txt"
-    parser.add_argument("--rows", default=rows, help="default: results/table.txt")
-    parser.add_argument("--gflop", type=float, help="budget of a run, 10⁹ operations")
+    parser.add_argument("--rows", help="a file of rows (default: all method files)")
+    parser.add_argument("--gflop", type=int, help="budget of a run, 10⁹ operations")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--baseline", help="name of a row (default: the first)")
-    parser.add_argument("--out", default="runs/compare", help="folder (default: runs/compare)")
+    parser.add_argument("--out", default="runs/compare", help="default: runs/compare")
     args, flags = parser.parse_known_args(argv)
     try:
         failed = compare(args, flags)

@@ -74,7 +74,7 @@ def read_pair(file, annotation, side):
 
 
 def load_annotated(folder, split, side):
-    """A split of a folder in ADE20K's layout. Raises UserError."""
+    """A split of a folder like ADE20K's. Raises UserError."""
     place = Path(folder, "images", split)
     files = [Path(file) for file in find_images(place)]
     require(files, f"--data {folder}: expected shapes or a folder with images in images/{split}")
@@ -213,7 +213,7 @@ def main(argv=None):
     parser.add_argument("--data", default="", help="shapes or a folder in ADE20K's layout")
     parser.add_argument("--ignore", type=int, default=255, metavar="INDEX",
                         help="class of the pixels that do not count (default: 255)")
-    parser.add_argument("--baselines", action="store_true", help="also untrained and raw patches")
+    parser.add_argument("--baselines", action="store_true", help="also without training")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True,
                         help="bfloat16 autocast where the device is fast in it")

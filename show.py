@@ -149,7 +149,7 @@ def to_image(values, size):
 # The program
 
 def read_folder(folder, side, count):
-    """The first images below a folder as Images, and their file names. Raises UserError."""
+    """The first images below a folder and their file names. Raises UserError."""
     require(Path(folder).is_dir(), f"--folder {folder} is not a folder")
     files = find_images(folder)[:count]
     require(files, f"--folder {folder} holds no images")
@@ -168,7 +168,7 @@ def read_folder(folder, side, count):
 
 @torch.no_grad()
 def show(args):
-    """Draws what the command line asks for. Returns the file. Raises UserError."""
+    """Draws the picture and returns its file. Raises UserError."""
     require(args.images > 0, f"--images {args.images} must be positive")
     run, source = Path(args.run), args.folder or args.data
     name = f"show-{Path(source).resolve().name}.png" if source else "show.png"
@@ -216,7 +216,7 @@ def main(argv=None):
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--folder", default="", help="show images of this folder")
     source.add_argument("--data", default="", help="show test images of this data set")
-    parser.add_argument("--images", type=int, default=8, help="how many (default: 8)")
+    parser.add_argument("--images", type=int, default=8, help="number (default: 8)")
     parser.add_argument("--out", default="", help="a .png, .pdf or .svg file")
     parser.add_argument("--seed", type=int, default=0, help="of images, masks and views")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -1,4 +1,4 @@
-"""Trains several methods with one budget and several seeds, and compares them in a table.
+"""Trains several methods with one budget and several seeds, and compares them.
 
     python compare.py --tiny --data shapes --gflop 20000 --seeds 0    a first look
     python compare.py --tiny --data PATH --gflop 2000000              your images with classes

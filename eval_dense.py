@@ -135,7 +135,7 @@ def intersection_over_union(counts):
 
 
 class RawPatches(nn.Module):
-    """The baseline without an encoder: the pixels of grid×grid patches are the tokens."""
+    """The baseline without encoder: the pixels of grid×grid patches are tokens."""
     def __init__(self, grid):
         super().__init__()
         self.grid = grid

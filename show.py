@@ -84,7 +84,7 @@ def view_rows(module, model, images):
 
 
 def token_rows(model, x):
-    """The first three principal components of all patch tokens."""
+    """Three principal components of all patch tokens."""
     components = principal_components(model.encoder.tokens(x).float())          # (n, N, 3)
     ends = torch.tensor([0.01, 0.99], device=x.device)
     low, high = components.flatten(0, 1).quantile(ends, 0)                      # (3,) each
@@ -103,7 +103,7 @@ def attention_rows(model, x, maps):
 
 
 def mask_rows(module, model, x, maps, room):
-    """The images under the masks of CAMAE's first `room` heads."""
+    """Images under the masks of CAMAE's first `room` heads."""
     rows, heads = {}, maps.shape[1]
     for k in range(min(room, heads)):
         mask = module.idm_mask(maps[:, k], model.cfg.mask)                      # (n, N)

@@ -74,7 +74,7 @@ def read_pair(file, annotation, side):
 
 
 def load_annotated(folder, split, side):
-    """A split of a folder like ADE20K's. Raises UserError."""
+    """A split of a folder as ADE20K. Raises UserError."""
     place = Path(folder, "images", split)
     files = [Path(file) for file in find_images(place)]
     require(files, f"--data {folder}: expected shapes or a folder with images in images/{split}")

@@ -14,7 +14,7 @@ object's as often as the background's.
 annotations/validation. An annotation is a PNG of class indices, named as its image. The central
 square of both is resized.
 
-Unlike Multi-View MAE's Table 4, there is no UperNet, no fine-tuning and one scale. Writes
+Unlike Multi-View MAE's Table 4, there is no UperNet and no fine-tuning. Writes
 eval_dense.json and .png beside the checkpoint, eval_dense-NAME with --data.
 """
 import argparse
@@ -74,7 +74,7 @@ def read_pair(file, annotation, side):
 
 
 def load_annotated(folder, split, side):
-    """A split of a folder as ADE20K. Raises UserError."""
+    """A split of a folder like ADE20K's. Raises UserError."""
     place = Path(folder, "images", split)
     files = [Path(file) for file in find_images(place)]
     require(files, f"--data {folder}: expected shapes or a folder with images in images/{split}")

@@ -1,27 +1,28 @@
-"""What is where: semantic segmentation by a linear layer on the frozen encoder's patch tokens, for any method's run.
+"""Semantic segmentation by a linear layer on the patch tokens of a frozen encoder.
 
-    python eval_dense.py runs/mvmae-DATE-TIME                  drawn shapes: is a pixel ground, disc, ring, square, …
-    python eval_dense.py RUN --baselines                       beside it the untrained encoder and raw patches
-    python eval_dense.py RUN --data ADEChallengeData2016 --ignore 0            ADE20K, whose index 0 is "other"
+    python eval_dense.py RUN                  drawn shapes: background, disc, ring, square, …
+    python eval_dense.py RUN --baselines      also the untrained encoder and raw patches
+    python eval_dense.py RUN --data ADEChallengeData2016 --ignore 0    ADE20K; 0 is its "other"
 
-An image and its annotation are cut to their central square. Its `tokens` are standardised by the mean and deviation of
-1,000 training images; one linear layer gives each patch a score for each class; the scores are upsampled bilinearly to
-the image; the loss is the mean cross-entropy of the pixels that are not --ignore, by the fixed recipe below. The last
-epoch counts. Mean IoU: for each class that occurs in the test images' annotations, the intersection over the union of
-its true and its predicted pixels; then the mean over these classes.
+A linear layer gives each standardised token a score for each class; they are upsampled bilinearly
+to the image. The loss is the mean cross-entropy of the pixels that are not --ignore. The last epoch
+counts. Mean IoU is over the classes that occur in the test annotations.
 
---data shapes: 2,000 training and 500 test images that the program draws, and so knows what each pixel shows. Ground
-and object have complementary colours, and each colour is the ground's as often as the object's: colour alone cannot
-tell them apart.
---data FOLDER: ADE20K's layout, images/training, images/validation, annotations/training, annotations/validation; an
-annotation is a PNG of class indices, named as its image is. Both are resized to the run's size.
+--data shapes: 2,000 training and 500 test images that the program draws. Each colour is the
+object's as often as the background's.
+--data FOLDER: ADE20K's layout, images/training, images/validation, annotations/training,
+annotations/validation. An annotation is a PNG of class indices, named as its image. The central
+square of both is resized.
 
-This is the same kind of task as Multi-View MAE's Table 4 (semantic segmentation), but not the same experiment: there is
-no UperNet, no fine-tuned encoder, no crops at several scales. Neither Mask R-CNN nor COCO is here (Table 3).
-Writes eval_dense.json and eval_dense.png (with --data, eval_dense-DATA.json and .png) beside the checkpoint.
+Unlike Multi-View MAE's Table 4, there is no UperNet and no fine-tuning. Writes
+eval_dense.json and .png beside the checkpoint, eval_dense-NAME with --data.
 """
-import argparse, json, math, os, pathlib, sys, time
+import argparse
+import json
+import math
+import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -30,65 +31,64 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from common import Parser, UserError, answer, check, class_names, normalize, start_processes
-from eval_linear import Tokens, beside, load_model, tokens_of, train_probe
-from images import KINDS, draw_shapes, read_image
-from pictures import draw_images
+from augment import normalize
+from common import require, start_processes
+from eval_linear import extract_tokens, load_model, train_probe
+from images import SHAPES, Images, UserError, draw_shapes, find_images, read_image
+from plots import plot_images
 
-RECIPE = {"optimizer": "AdamW", "lr": 2e-3, "weight_decay": 1e-4, "batch": 16, "epochs": 10, "schedule": "cosine"}
-SHAPES = {"training": 2_000, "validation": 500}  # how many are drawn
+RECIPE = {"lr": 2e-3, "wd": 1e-4, "batch": 16, "epochs": 10, "min_steps": 0}  # AdamW, cosine
+COUNTS = {"training": 2000, "validation": 500}  # of drawn shapes
 
 
-# Data
+# Data: Images (N, 3, side, side) and the class of each pixel, uint8 (N, side, side)
 
-def drawn(split, side, seed):
-    """Shapes of a split, uint8 (N, 3, side, side), and what each pixel shows, uint8 (N, side, side): 0 ground, 1 … 10
-    the form, in the order of class_names."""
-    images, labels, inside = draw_shapes(SHAPES[split], side, 2 * seed + (split == "validation"), masks=True)
-    return images, ((labels[:, None, None] + 1) * inside).to(torch.uint8)
+def load_shapes(split, side, seed):
+    """Drawn shapes of a split. Class 0 is the background, 1 … 10 are the SHAPES."""
+    pixels, labels, masks = draw_shapes(COUNTS[split], side, 2 * seed + (split == "validation"))
+    return Images(pixels), ((labels[:, None, None] + 1) * masks).byte()
 
 
 def central_square(image, side, kernel):
-    """The central square of a PIL image, side×side."""
+    """The central square of a PIL image as an array, side×side."""
     w, h = image.size
     s = min(w, h)
-    return image.resize((side, side), kernel, ((w - s) / 2, (h - s) / 2, (w + s) / 2, (h + s) / 2))
+    box = ((w - s) / 2, (h - s) / 2, (w + s) / 2, (h + s) / 2)
+    return np.array(image.resize((side, side), kernel, box))
 
 
-def read_pair(image, annotation, side):
-    """An image and its annotation, central squares: uint8 (side, side, 3) and (side, side). Raises UserError."""
+def read_pair(file, annotation, side):
+    """An image file (side, side, 3) and its annotation (side, side), uint8. Raises UserError."""
     try:
-        indices = Image.open(annotation)
-        indices.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{annotation}: can't be read as an image ({error})") from error
-    check(indices.mode in ("L", "P"), "--data", annotation, f"must be a PNG of indices 0 to 255, but is {indices.mode}")
-    picture = read_image(image, 1 << 16)  # so large that no JPEG is made smaller as it is decoded
-    check(picture.size == indices.size, "--data", annotation, f"is {indices.size}, its image {picture.size}")
-    picture = central_square(picture, side, Image.Resampling.BICUBIC)
-    return np.array(picture), np.array(central_square(indices, side, Image.Resampling.NEAREST))
+        image = read_image(file, 1 << 16)  # a JPEG in full size
+        classes = Image.open(annotation)
+        classes.load()
+    except Exception as error:  # Pillow raises many kinds
+        raise UserError(f"--data: {file} or {annotation} cannot be read: {error}") from error
+    require(classes.mode in ("L", "P"),
+            f"--data: {annotation} must be a PNG of class indices, its mode is {classes.mode}")
+    require(image.size == classes.size,
+            f"--data: {annotation} is {classes.size}, its image is {image.size}")
+    return (central_square(image, side, Image.Resampling.BICUBIC),
+            central_square(classes, side, Image.Resampling.NEAREST))
 
 
-def annotated(folder, split, side, workers=0):
-    """Images of a split of a folder in ADE20K's layout, uint8 (N, 3, side, side), and their annotations, uint8
-    (N, side, side). Raises UserError."""
-    places = [pathlib.Path(folder, kind, split) for kind in ("images", "annotations")]
-    for place in places:
-        check(place.is_dir(), "--data", folder, f"is not shapes, and no folder with {place.relative_to(folder)} in it")
-    files = sorted(f for f in places[0].iterdir() if f.suffix.lower() in KINDS)
-    check(files, "--data", places[0], "holds no images")
-    notes = [places[1] / f"{file.stem}.png" for file in files]
-    for note in notes:
-        check(note.is_file(), "--data", note, "does not exist, but its image does")
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        images, masks = zip(*pool.map(read_pair, files, notes, [side] * len(files)))
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(np.stack(masks))
+def load_annotated(folder, split, side):
+    """A split of a folder like ADE20K's. Raises UserError."""
+    place = Path(folder, "images", split)
+    files = [Path(file) for file in find_images(place)]
+    require(files, f"--data {folder}: expected shapes or a folder with images in images/{split}")
+    annotations = [Path(folder, "annotations", split, f"{file.stem}.png") for file in files]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pixels, classes = zip(*pool.map(read_pair, files, annotations, [side] * len(files)))
+    pixels = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    return Images(pixels), torch.from_numpy(np.stack(classes))
 
 
 # Probe
 
 class DenseProbe(nn.Module):
-    """Tokens (B, N, D) of square images → class scores of their pixels (B, classes, side, side)."""
+    """Tokens (B, T, D) of square images → class scores of their pixels (B, C, side, side)."""
     def __init__(self, dim, classes, side):
         super().__init__()
         self.layer, self.side = nn.Linear(dim, classes), side
@@ -96,129 +96,133 @@ class DenseProbe(nn.Module):
 
     def forward(self, x):
         grid = math.isqrt(x.shape[1])
-        scores = self.layer(x).mT.unflatten(2, (grid, grid))  # (B, classes, grid, grid)
+        scores = self.layer(x).mT.unflatten(2, (grid, grid))                    # (B, C, grid, grid)
         return F.interpolate(scores, (self.side, self.side), mode="bilinear")
 
 
 def pixel_loss(scores, truth, ignore):
-    """Mean cross-entropy of scores (B, classes, H, W) over the pixels whose truth (B, H, W) is not `ignore`; 0 where
-    there is none."""
-    truth = truth.to(scores.device).long()
-    return F.cross_entropy(scores, truth, ignore_index=ignore, reduction="sum") / (truth != ignore).sum().clamp(min=1)
+    """Mean cross-entropy of scores (B, C, H, W) over the pixels whose truth (B, H, W) is not
+    `ignore`; 0 if there is none."""
+    total = F.cross_entropy(scores, truth.long(), ignore_index=ignore, reduction="sum")
+    return total / (truth != ignore).sum().clamp(min=1)
 
 
-def count_pixels(truth, guess, classes, ignore):
-    """How many pixels of each true class are taken for each class, int64 (classes, classes), from uint8 (N, H, W)
-    twice; `ignore` is left out of the truth."""
-    kept = truth != ignore
-    pairs = truth[kept].long() * classes + guess[kept].long()
+def segment(tokens, truth, queries, classes, ignore, seed=0):
+    """Pixel classes uint8 (Q, H, W) of `queries` (Q, T, D), by a probe trained on `tokens` (N, T,
+    D) and `truth` uint8 (N, H, W)."""
+    torch.manual_seed(seed)
+    probe = DenseProbe(tokens.shape[2], classes, truth.shape[1]).to(truth.device)
+    train_probe(probe, tokens, truth, RECIPE, lambda *pair: pixel_loss(*pair, ignore))
+    rows = []
+    for part in queries.split(16):
+        scores = probe(part.to(truth.device).float())
+        require(scores.isfinite().all(), "a score is not finite; try --no-amp")
+        rows.append(scores.argmax(1).byte().cpu())
+    return torch.cat(rows)
+
+
+def count_pixels(truth, prediction, classes, ignore):
+    """Number of pixels by true and predicted class, (C, C); the truth `ignore` is left out."""
+    counted = truth != ignore
+    pairs = truth[counted].long() * classes + prediction[counted].long()
     return torch.bincount(pairs, minlength=classes ** 2).view(classes, classes)
 
 
 def intersection_over_union(counts):
-    """Of each class, from count_pixels; NaN for a class that does not occur in the truth."""
-    hit = counts.diagonal().double()
-    return torch.where(counts.sum(1) > 0, hit / (counts.sum(0) + counts.sum(1) - hit), torch.nan)
+    """(C,) of count_pixels; NaN for a class without true pixels."""
+    both = counts.diagonal().double()
+    return torch.where(counts.sum(1) > 0, both / (counts.sum(0) + counts.sum(1) - both), torch.nan)
 
 
-def segment(tokens, masks, others, classes, ignore, seed=0, progress=""):
-    """A DenseProbe trained on `tokens` and `masks` uint8 (N, H, W); returns its guess for the Tokens `others`, uint8
-    (Q, H, W)."""
-    torch.manual_seed(seed)
-    probe = DenseProbe(tokens.shape[2], classes, masks.shape[1]).to(tokens.mean.device)
-    train_probe(probe, tokens, masks, RECIPE, lambda scores, truth: pixel_loss(scores, truth, ignore), progress)
-    return torch.cat([probe(others[ids]).argmax(1).byte().cpu() for ids in torch.arange(len(others)).split(16)])
+class RawPatches(nn.Module):
+    """The baseline without encoder: the pixels of grid×grid patches are tokens."""
+    def __init__(self, grid):
+        super().__init__()
+        self.grid = grid
 
-
-def raw_patches(images, grid, here, like=None):
-    """The pixels of each of grid×grid patches as its token."""
-    def encode(ids):
-        x = normalize(images[ids].to(here.device) / 255)
-        return F.pixel_unshuffle(x, x.shape[2] // grid).flatten(2).mT  # (B, N, P)
-    return Tokens(encode, len(images), like)
+    def tokens(self, x):
+        return F.pixel_unshuffle(x, x.shape[2] // self.grid).flatten(2).mT
 
 
 # The program
 
-def palette(classes):
-    """A colour for each class, (classes, 3), 0…1: grey for the first, for the others twenty hues, repeated."""
-    hues = matplotlib.colormaps["tab20"](np.arange(20))[[*range(0, 14, 2), *range(16, 20, 2), *range(1, 20, 2), 14], :3]
-    return torch.from_numpy(np.concatenate([[[0.3, 0.3, 0.3]], np.resize(hues, (max(1, classes - 1), 3))])).float()
-
-
 def evaluate(args):
-    """Does what the command line asks and returns what is written to eval_dense.json. Raises UserError."""
-    check(os.environ.get("WORLD_SIZE", "1") == "1", "torchrun", "eval_dense.py", "runs alone, on one device")
-    check(0 <= args.ignore <= 255, "--ignore", args.ignore, "must be an index of annotations, 0 to 255")
-    began, here = time.time(), start_processes(args.device)
+    """Evaluates as the command line says. Returns what is written to eval_dense.json."""
+    device, _, _ = start_processes(args.device)
     model, cfg = load_model(args.run)
     data, img = args.data or "shapes", cfg.img
-    (images, masks), (asked, truth) = (
-        drawn(split, img, cfg.seed) if data == "shapes" else annotated(data, split, img, cfg.workers)
+    (train, masks), (test, truth) = (
+        load_shapes(split, img, cfg.seed) if data == "shapes" else load_annotated(data, split, img)
         for split in ("training", "validation"))
-    known, occurs = (set(part.flatten().bincount().nonzero()[:, 0].tolist()) - {args.ignore} for part in (masks, truth))
-    check(len(known) > 1 and occurs, "--ignore", args.ignore, "leaves nothing to tell apart in the annotations; an "
-          "index that they do not hold, say 254, ignores nothing")
-    classes = 1 + max(known | occurs)
-    names = ["ground", *class_names("shapes")] if data == "shapes" else [str(i) for i in range(classes)]
-    print(f"{cfg.data} → {data}: {len(images):,} training images, {len(asked):,} test images of {img}×{img} pixels, "
-          f"{len(known)} classes\nprobe: {', '.join(f'{k} {v}' for k, v in RECIPE.items())}", flush=True)
+    known, occurring = (set(part.unique().tolist()) - {args.ignore} for part in (masks, truth))
+    require(len(known) > 1 and occurring, f"--ignore {args.ignore} leaves fewer than two classes")
+    classes = 1 + max(known | occurring)
+    names = ["background", *SHAPES] if data == "shapes" else list(map(str, range(classes)))
+    print(f"{cfg.data} → {data}: {len(train):,} training images, {len(test):,} test images, "
+          f"{img}×{img} pixels, {len(known)} classes", flush=True)
 
-    def tokens(encoder):
-        parts = [(x, None, torch.ones(len(x))) for x in (images, asked)]
-        return tokens_of(encoder.to(here.device).eval(), parts, img, here, args.amp)[0]
-
-    def patches():
-        grid = math.isqrt(model.encoder.tokens(torch.zeros(1, 3, img, img, device=here.device)).shape[1])
-        own = raw_patches(images, grid, here)
-        return own, raw_patches(asked, grid, here, like=own)
-
-    subjects = {"trained encoder": lambda: tokens(model.encoder)}
+    encoders = {"trained encoder": model.encoder.to(device).eval()}
     if args.baselines:
-        subjects["untrained encoder"] = lambda: tokens(load_model(args.run, trained=False)[0].encoder)
-        subjects["raw patches"] = patches
-    rows, each, guesses = {}, {}, {}
-    print(f"{'':18} {'mean IoU':>9} {'pixels right':>13}  in %")
-    for name, subject in subjects.items():
-        own = others = None  # the tokens of the encoder before leave the memory
-        own, others = subject()
-        guesses[name] = segment(own, masks, others, classes, args.ignore, cfg.seed, f"{name}: {own}")
-        counts = count_pixels(truth, guesses[name], classes, args.ignore)
-        iou = intersection_over_union(counts)
-        right = counts.diagonal().sum() / counts.sum()
-        rows[name] = {"mean_iou": round(100 * iou.nanmean().item(), 2), "pixels_right": round(100 * right.item(), 2)}
-        each[name] = {n: round(100 * v, 2) for n, v in zip(names, iou.tolist()) if not math.isnan(v)}
-        print(f"{chr(13) + chr(27) + '[K' if sys.stdout.isatty() else ''}{name:18} {rows[name]['mean_iou']:9} "
-              f"{rows[name]['pixels_right']:13}", flush=True)
+        with torch.no_grad():
+            T = model.encoder.tokens(torch.zeros(1, 3, img, img, device=device)).shape[1]
+        untrained = load_model(args.run, trained=False)[0].encoder
+        encoders["untrained encoder"] = untrained.to(device).eval()
+        encoders["raw patches"] = RawPatches(math.isqrt(T))
+    percent, each, predictions = {}, {}, {}
+    print(f"{'':18} {'mean IoU':>9} {'pixel accuracy':>15}  in %")
+    for name, encoder in encoders.items():
+        tokens, like = extract_tokens(encoder, train, img, device, args.amp)
+        queries, _ = extract_tokens(encoder, test, img, device, args.amp, like)
+        guess = segment(tokens, masks.to(device), queries, classes, args.ignore, cfg.seed)
+        predictions[name] = guess
+        counts = count_pixels(truth, guess, classes, args.ignore)
+        iou = 100 * intersection_over_union(counts)
+        mean, right = iou.nanmean().item(), 100 * (counts.diagonal().sum() / counts.sum()).item()
+        percent[name] = {"mean_iou": round(mean, 2), "pixel_accuracy": round(right, 2)}
+        each[name] = {names[i]: round(iou[i].item(), 2) for i in sorted(occurring)}
+        print(f"{name:18} {mean:9.2f} {right:15.2f}", flush=True)
 
-    colours, first = palette(classes), torch.linspace(0, len(asked) - 1, min(10, len(asked))).long()
-
-    def coloured(mask):
-        picture = colours[mask.long().clamp(max=classes - 1)].permute(0, 3, 1, 2)
-        return normalize(picture.masked_fill((mask == args.ignore)[:, None], 1))
-
-    pictures = {"image": normalize(asked[first] / 255), "truth": coloured(truth[first])}
-    pictures |= {name: coloured(guess[first]) for name, guess in guesses.items()}
-    file, picture = (beside(args.run, f"eval_dense.{kind}", args.data) for kind in ("json", "png"))
-    draw_images(picture, pictures, legend=dict(zip(names, colours.tolist())) if classes <= 20 else {})
-    report = {"checkpoint": str(args.run), "data": data, "recipe": RECIPE, "percent": rows, "iou": each,
-              "seconds": round(time.time() - began, 1)}
+    folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+    file = folder / f"eval_dense{f'-{Path(data).resolve().name}' if args.data else ''}.json"
+    draw(file.with_suffix(".png"), test.pixels, {"truth": truth, **predictions}, names, args.ignore)
+    report = {"checkpoint": str(args.run), "data": data, "recipe": RECIPE, "percent": percent,
+              "iou": each}
     file.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{report['seconds']} s; written: {file} and {picture.name}")
+    print(f"written: {file} and {file.stem}.png")
     return report
 
 
+def draw(file, images, masks, names, ignore):
+    """Draws ten images and their `masks`, label → uint8 (N, H, W). Ignored pixels are white."""
+    hues = matplotlib.colormaps["tab20"].colors
+    colors = [(0, 0, 0), *(hues[(2 * i + i // 10) % 20] for i in range(len(names) - 1))]
+    ids = torch.linspace(0, len(images) - 1, min(10, len(images))).long()
+    rows = {"image": normalize(images[ids] / 255)}
+    for label, classes in masks.items():
+        classes = classes[ids].long()
+        shown = torch.tensor(colors)[classes.clamp(max=len(names) - 1)].permute(0, 3, 1, 2)
+        rows[label] = normalize(shown.masked_fill((classes == ignore)[:, None], 1))
+    plot_images(file, rows, legend=dict(zip(names, colors)) if len(names) <= 20 else None)
+
+
 def main(argv=None):
-    """The command line; returns the exit status of `answer`."""
-    parser = Parser("eval_dense.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("run", help="the folder of a run, or one of its checkpoints")
-    parser.add_argument("--data", default="", help="shapes (the default), or a folder in ADE20K's layout")
-    parser.add_argument("--ignore", type=int, default=255, help="the index of pixels that do not count (default: 255)")
-    parser.add_argument("--baselines", action="store_true", help="also the untrained encoder and raw patches")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 where it is there")
-    return answer("eval_dense.py", lambda: evaluate(parser.parse_args(argv)), "take --device cpu")
+    """The command line."""
+    parser = argparse.ArgumentParser("eval_dense.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="the folder of a run, or a checkpoint")
+    parser.add_argument("--data", default="", help="shapes or a folder in ADE20K's layout")
+    parser.add_argument("--ignore", type=int, default=255, metavar="INDEX",
+                        help="class of the pixels that do not count (default: 255)")
+    parser.add_argument("--baselines", action="store_true", help="also without training")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True,
+                        help="bfloat16 autocast where the device is fast in it")
+    args = parser.parse_args(argv)
+    try:
+        return evaluate(args)
+    except (UserError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -35,12 +35,13 @@ def require(condition, message):
 
 # Flags
 
-RESUMABLE = ("resume", "root", "device", "compile", "log_every", "eval_every")  # shape no result
+# Flags that may be typed beside --resume: they do not change the result.
+RESUMABLE = ("resume", "root", "device", "compile", "log_every", "eval_every")
 
 
 @dataclasses.dataclass
 class RunConfig:
-    """Settings of a run that no paper is about. A method's Config adds its own."""
+    """Settings of a run that belong to no paper. A method's Config adds its own."""
     data: str = "cifar10"  # cifar10, cifar100, stl10, tiny-imagenet, shapes or a folder
     root: str = "data"  # where data sets are downloaded and folders decoded
     images: int = 0  # train on this many images, the same in every run; 0: all
@@ -59,7 +60,7 @@ class RunConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, (int, float)) and field.default >= 0:
-                require(0 <= value < 2 ** 32, f"{flag(field.name)} {value}: negative or too large")
+                require(0 <= value < 2 ** 32, f"{flag(field.name)} {value} must be in 0 … 2^32")
         for name in ("epochs", "batch", "lr", "img", "patch", "dim", "depth", "heads", "log_every",
                      "decoder_dim", "decoder_heads"):
             require(getattr(self, name, 1) > 0, f"{flag(name)} must be positive")
@@ -214,7 +215,7 @@ class Batches:
         return len(self.images) // (self.batch * self.world)
 
     def ids(self, step):
-        """The images of batches[step], int64 (B,)."""
+        """Ids of the images of batches[step], int64 (B,)."""
         epoch, i = divmod(step, len(self))
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -247,13 +248,13 @@ def extract_features(encoder, images, img, device, amp=True):
 def knn_accuracy(features, labels, queries, query_labels, k=20, tau=0.07):
     """Top-1 accuracy in 0…1 of `queries` (Q, D): the k rows of `features` (N, D) with the highest
     cosine vote for their labels, each with weight exp(cosine / tau)."""
-    bank, right = F.normalize(features.float(), dim=1), 0
+    bank, correct = F.normalize(features.float(), dim=1), 0
     for q, truth in zip(queries.split(500), query_labels.split(500)):
         cosine, nearest = (F.normalize(q.float(), dim=1) @ bank.T).topk(min(k, len(bank)))
         votes = torch.zeros(len(q), int(labels.max()) + 1, device=q.device)
         votes.scatter_add_(1, labels[nearest], (cosine / tau).exp())
-        right += (votes.argmax(1) == truth).sum().item()
-    return right / len(queries)
+        correct += (votes.argmax(1) == truth).sum().item()
+    return correct / len(queries)
 
 
 def effective_rank(features):
@@ -280,7 +281,7 @@ def save_file(state, file, previous=None):
 
 
 def read_file(file):
-    """What torch.save wrote: tensors and plain values. Raises UserError if it is damaged."""
+    """Reads tensors and plain values that torch.save wrote. Raises UserError if it is damaged."""
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
@@ -323,9 +324,9 @@ def load_encoder(encoder, path):
     state = read_file(path / "encoder.pt" if path.is_dir() else path)
     try:
         state = state.get("model", state)  # of a checkpoint, or of MAE's published files
-        ours = {name[8:]: state[name] for name in state if name.startswith("encoder.")}
-        timms = {name: state[name] for name in state if not name.startswith("head.")}
-        encoder.load_state_dict(ours or timms)
+        own = {name[8:]: state[name] for name in state if name.startswith("encoder.")}
+        timm = {name: state[name] for name in state if not name.startswith("head.")}
+        encoder.load_state_dict(own or timm)
     except (RuntimeError, AttributeError, TypeError) as error:
         raise UserError(f"--init {path}: {error}") from error
 
@@ -379,7 +380,7 @@ class Run:
         if self.world == 1:
             signal.signal(number, signal.SIG_DFL)
         if self.rank == 0 and not self.signal:
-            os.write(2, b"\nstopping: saves first\n")
+            os.write(2, b"\nstopping after this step\n")
         self.signal = number
 
     def write(self, row):

@@ -47,10 +47,10 @@ class Config(RunConfig):
     mask: float = 0.8  # fraction of the patches that is masked, Table 5
     lam: float = 2.0  # λ, weight of the contrastive loss, Table 5; 0 leaves it out
     tau: float = 0.07  # τ, temperature, §3.2.2
-    targets: Literal["two", "same", "one"] = "two"  # two crops; one, masked twice (Table 6); MAE's
-    pool: Literal["mean", "cls"] = "mean"  # the vector of Eq. 4: mean of patch tokens, class token
+    targets: Literal["two", "same", "one"] = "two"  # two crops; one, masked twice; one view
+    pool: Literal["mean", "cls"] = "mean"  # vector of Eq. 4: mean of patch tokens or class token
     pixels: Literal["masked", "all"] = "masked"  # patches that Eq. 3 counts; masked as in MAE
-    norm_pixels: bool = False  # normalise target patches, MAE's variant: "most of the settings"
+    norm_pixels: bool = False  # normalise each target patch, as MAE's variant; §4.1.1 may mean it
     crop_min: float = 0.2  # smallest crop, fraction of the area; MAE's
     img: int = 224  # side of the views in pixels, §4.1.1
     patch: int = 16  # side of a patch in pixels, §4.1.1
@@ -62,7 +62,7 @@ class Config(RunConfig):
     decoder_heads: int = 16  # heads of the decoder; MAE's
     epochs: float = 1600  # passes over the data, §4.1.1
     batch: int = 256  # images per step and process; 256 in all in §4.1.1
-    lr: float = 1.5e-4  # learning rate for a batch of 256, §4.1.1; scaled linearly, as MAE's
+    lr: float = 1.5e-4  # learning rate for a batch of 256, §4.1.1; scaled with the batch, as in MAE
     wd: float = 0.05  # weight decay; MAE's
     warmup: float = 40.0  # epochs of linear warm-up, §4.1.1
 
@@ -74,8 +74,9 @@ class Config(RunConfig):
                 f"--mask {self.mask} must leave some of {N} patches masked and some visible")
         require(self.dim % (4 * self.heads) == 0,
                 f"--dim {self.dim} must be a multiple of 4 times --heads {self.heads}")
-        require(self.decoder_dim % (4 * self.decoder_heads) == 0, f"--decoder-dim "
-                f"{self.decoder_dim} must be a multiple of 4 times --decoder-heads")
+        require(self.decoder_dim % (4 * self.decoder_heads) == 0,
+                f"--decoder-dim {self.decoder_dim} must be a multiple of 4 times "
+                f"--decoder-heads {self.decoder_heads}")
         require(self.warmup < self.epochs,
                 f"--warmup {self.warmup} must be below --epochs {self.epochs}")
         require(self.tau > 0, "--tau must be positive")
@@ -91,7 +92,7 @@ TINY = Config(img=32, patch=4, dim=192, depth=4, heads=3, decoder_depth=2, decod
 
 # The paper, §3. B: images (the paper's N). N: patches of an image. V: visible patches. P = 3·p·p:
 # values of a patch of p×p pixels. H = W = img. views: 2, or 1 with --targets one. Encoder, Decoder
-# and other parts stand at the end of the file, where B is any number of rows.
+# and other parts stand at the end of the file. In small functions B is any number of rows.
 
 def views(images, cfg):
     """Two crops of each image, each flipped with probability 1/2. §3.1.1
@@ -159,8 +160,8 @@ class MVMAE(nn.Module):
     def reconstruct(self, x):
         """Normalised images (B, 3, H, W) → (masked input, prediction), both normalised images.
 
-        With --norm-pixels each predicted patch gets its true mean and deviation. Visible patches
-        are shown as they are unless the loss counts them.
+        With --norm-pixels each predicted patch gets the mean and deviation that it has in x.
+        Visible patches are shown as they are unless the loss counts them.
         """
         p, patches = self.cfg.patch, patchify(x, self.cfg.patch)                # (B, N, P)
         mask = random_mask(len(x), self.N, self.cfg.mask, x.device)             # (B, N)
@@ -345,8 +346,8 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A ViT with class token. Its state dict is timm's. An image's vector is the mean of its patch
-    tokens (pool "mean") or the class token ("cls")."""
+    """A ViT with class token. Its state dict has timm's keys. An image's vector is the mean of its
+    patch tokens (pool "mean") or the class token ("cls"). §3.1.3"""
     def __init__(self, img, patch, dim, depth, heads, pool="mean"):
         super().__init__()
         self.pool = pool

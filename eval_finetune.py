@@ -50,20 +50,20 @@ RECIPES = {  # flags that --recipe sets
 class Config:
     """Settings. Each is a command-line flag."""
     run: str = ""  # a pre-training: its folder or a checkpoint
-    recipe: Literal["mae", "mvmae", "plain"] = "mae"  # where the other defaults come from
+    recipe: Literal["mae", "mvmae", "plain"] = "mae"  # sets other defaults
     scratch: bool = False  # start from random weights
-    labels: float = 1.0  # fraction of the labels of each class that is used
+    labels: float = 1.0  # fraction of the labels of each class
     rand_ops: int = 2  # operations of RandAugment
     rand_prob: float = 0.5  # probability of each operation
     rand_magnitude: float = 9.0  # strength of RandAugment, 0 to 10
     mixup: float = 0.8  # α of mixup; 0: none
-    cutmix: float = 1.0  # α of CutMix, which alternates with mixup; 0: none
-    mix_prob: float = 1.0  # probability that a batch is mixed
+    cutmix: float = 1.0  # α of CutMix; 0: none
+    mix_prob: float = 1.0  # probability that a batch is mixed by one of them
     erase: float = 0.25  # probability of random erasing
     smoothing: float = 0.1  # label smoothing
-    drop_path: float = 0.1  # stochastic depth of the last block, falling to 0 at the first
+    drop_path: float = 0.1  # stochastic depth of the last block
     crop_min: float = 0.08  # smallest crop, fraction of the area
-    layer_decay: float = 0.65  # learning rate of a block as a fraction of the next one's
+    layer_decay: float = 0.65  # learning rate of a block over that of the next
     epochs: float = 100  # passes over the labelled images
     batch: int = 1024  # images per step and process
     lr: float = 5e-4  # base learning rate, for a batch of 256
@@ -71,12 +71,12 @@ class Config:
     warmup: float = 5.0  # epochs of linear warm-up
     data: str = ""  # a data set other than the run's
     root: str = ""  # where data sets are, if not where the run had them
-    out: str = ""  # folder of the run, new or empty (default: runs/eval_finetune-DATE-TIME)
+    out: str = ""  # folder of the run, new or empty
     resume: str = ""  # folder of a fine-tuning to continue
     seed: int = 0  # of all random numbers
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute
     amp: bool = True  # bfloat16 autocast where the device is fast in it
-    workers: int = 8  # processes that augment, at most one for each core; 0: none
+    workers: int = 8  # processes that augment, at most one for each core
     log_every: int = 20  # steps between rows of metrics.csv
 
     def __post_init__(self):
@@ -89,8 +89,8 @@ class Config:
 
 
 class Steps(torch.utils.data.Dataset):
-    """`steps[step]`: normalised images (B, 3, H, W) and class probabilities (B, classes) of a step.
-    Their random numbers depend on (seed, step, rank) alone."""
+    """`steps[step]`: normalised images (B, 3, H, W) and class probabilities (B, classes), which
+    (seed, step, rank) determine."""
     def __init__(self, batches, cfg, img):
         self.batches, self.cfg, self.img = batches, cfg, img
         fill = [round(255 * value) for value in MEAN]
@@ -123,13 +123,13 @@ class Steps(torch.utils.data.Dataset):
 
 
 def ignore_signals(worker):
-    """Ctrl-C reaches the workers too; only the main process answers it."""
+    """Leaves Ctrl-C to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def choose_labels(labels, fraction, seed):
-    """Sorted ids of the images whose labels are used: the fraction of each class, at least one."""
+    """Sorted ids of a fraction of the images of each class, at least one."""
     generator, chosen = torch.Generator().manual_seed(seed), []
     for label in labels[labels >= 0].unique():
         ids = (labels == label).nonzero()[:, 0]
@@ -139,13 +139,13 @@ def choose_labels(labels, fraction, seed):
 
 
 def block_names(encoder):
-    """Names of the residual blocks of an encoder in order: the modules with a child `mlp`."""
+    """Names of the blocks of an encoder, in order: modules with a child `mlp`."""
     return [name for name, module in encoder.named_modules() if hasattr(module, "mlp")]
 
 
 class Classifier(nn.Module):
-    """An encoder and a linear head, (B, 3, H, W) → scores (B, classes). In training, a branch of a
-    block is dropped for an image with a probability that rises from 0 to `drop_path`."""
+    """An encoder and a linear head, (B, 3, H, W) → scores (B, classes). Stochastic depth rises from
+    0 in the first block to `drop_path` in the last."""
     def __init__(self, encoder, classes, drop_path):
         super().__init__()
         self.encoder = encoder.requires_grad_(True)
@@ -169,12 +169,12 @@ class Classifier(nn.Module):
 
 
 def layer_groups(model, wd, decay):
-    """AdamW's groups of a Classifier. `scale` of the learning rate: 1 for the head and last norm,
-    `decay` times that of the next layer for a block; the patch embedding comes first. No weight
-    decay on biases, norms, tokens and positions."""
+    """AdamW's groups of a Classifier. Their `scale` of the learning rate is 1 for the head and the
+    last norm, and `decay` times that of the next layer for a block and the patch embedding. No
+    weight decay on biases, norms, tokens and positions."""
     names = block_names(model.encoder)
     last, layer, groups = len(names) + 1, 0, {}
-    for name, p in model.named_parameters():  # own parameters, then those of layers in order
+    for name, p in model.named_parameters():
         inside = [i for i, block in enumerate(names, 1) if name.startswith(f"encoder.{block}.")]
         if inside:
             layer = inside[0]
@@ -183,13 +183,13 @@ def layer_groups(model, wd, decay):
         plain = p.ndim < 2 or "token" in name or "pos" in name
         group = {"params": [], "weight_decay": 0 if plain else wd, "scale": decay ** (last - layer)}
         groups.setdefault((layer, plain), group)["params"].append(p)
-    return list(groups.values())[::-1]  # the first one's rate is in metrics.csv: the head's
+    return list(groups.values())[::-1]  # the head first: metrics.csv has its rate
 
 
 def train(cfg):
     """Fine-tunes as `cfg` says. Returns the run folder."""
     device, rank, world = start_processes(cfg.device)
-    require(cfg.run, "RUN is missing: name the folder of a pre-training")
+    require(cfg.run, "name the folder of a pre-training, RUN")
     pretrained, pre = load_model(cfg.run, not cfg.scratch, cfg.seed)
     pre = replace(pre, data=cfg.data or pre.data, root=cfg.root or pre.root, images=0)
     images, test = load_data(pre)
@@ -198,7 +198,7 @@ def train(cfg):
     test, ids = labelled(test), choose_labels(images.labels, cfg.labels, cfg.seed)
     images = images if len(ids) == len(images) else images[ids]
     batches = Batches(images, cfg.batch, cfg.seed, torch.device("cpu"), rank, world)
-    batches.device = device  # of the run; workers read batches.images
+    batches.device = device  # that of the run; workers read batches.images
     steps, warmup = max(1, round(cfg.epochs * len(batches))), round(cfg.warmup * len(batches))
 
     torch.manual_seed(cfg.seed)
@@ -210,19 +210,17 @@ def train(cfg):
     workers = min(cfg.workers, os.cpu_count())
     loader = torch.utils.data.DataLoader(
         Steps(batches, cfg, pre.img), batch_size=None, sampler=range(run.start, steps),
-        num_workers=workers, prefetch_factor=1 if workers else None, worker_init_fn=ignore_signals,
-        pin_memory=device.type == "cuda")
+        num_workers=workers, worker_init_fn=ignore_signals)
 
+    peak = cfg.lr * cfg.batch * world / 256
     for step, (x, targets) in enumerate(loader, run.start):
         seed_step(cfg.seed, steps + step, rank)  # of stochastic depth
         for group in optimizer.param_groups:
-            rate = cosine_lr(step, steps, warmup, cfg.lr * cfg.batch * world / 256)
-            group["lr"] = group["scale"] * rate
+            group["lr"] = group["scale"] * cosine_lr(step, steps, warmup, peak)
 
         with autocast(device, cfg.amp):
-            scores = net(x.to(device, non_blocking=True))
-        targets = targets.to(device, non_blocking=True)
-        loss = F.cross_entropy(scores, targets, label_smoothing=cfg.smoothing)
+            scores = net(x.to(device))
+        loss = F.cross_entropy(scores, targets.to(device), label_smoothing=cfg.smoothing)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -234,10 +232,9 @@ def train(cfg):
                 break
     if rank == 0 and not run.interrupted:
         scores = extract_features(model.eval(), test, pre.img, device, cfg.amp).cpu()
-        percent = {f"top{k}": accuracy(scores, test.labels, k)
-                   for k in ((1, 5) if len(images.classes) > 5 else (1,))}
-        run.tell(f"{percent} % of {len(test):,} test images after {len(images):,} labelled ones")
-        report = {"percent": percent, "labelled": len(images), "config": asdict(cfg)}
+        top1 = round(accuracy(scores, test.labels), 2)
+        run.tell(f"top-1 {top1} % of {len(test):,} test images, {len(images):,} training images")
+        report = {"percent": {"top1": top1}, "labelled": len(images), "config": asdict(cfg)}
         (run.folder / "eval_finetune.json").write_text(json.dumps(report, indent=1) + "\n")
         plot_curves(run.folder / "curves.png", run.rows)
         plot_confusion(run.folder / "confusion.png", test.labels, scores.argmax(1),

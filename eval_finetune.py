@@ -1,19 +1,16 @@
 """Fine-tunes the encoder of a run with a linear head. Defaults are those of --recipe mae.
 
-    python eval_finetune.py RUN                              MAE's recipe
-    python eval_finetune.py RUN --recipe plain               crops and flips, for small encoders
-    python eval_finetune.py RUN --labels 0.01                1 % of the labels of each class
-    python eval_finetune.py RUN --scratch --layer-decay 1    from random weights
-    torchrun --nproc-per-node 8 eval_finetune.py RUN --batch 128    MAE's batch on eight GPUs
+    python eval_finetune.py RUN --recipe plain    crops and flips, for small encoders
+    python eval_finetune.py RUN --labels 0.01     1 % of the labels of each class
+    torchrun --nproc-per-node 8 eval_finetune.py RUN --batch 128    batch 1024
 
 --recipe mae is that of FINETUNE.md in MAE's code for ViT-B; mvmae is Multi-View MAE's §4.1.2 (100
 epochs, batch 512, mixup with probability 0.8, RandAugment), for the rest MAE's paper, Table 9.
 What differs from MAE's code, which uses timm: RandAugment's strength has no noise (mstd0.5), and
-its operations are torchvision's; the learning rate ends at 0, not at 1e-6; test images are resized
-linearly; the encoder keeps its own norm and pooling; positions are not trained.
+its operations are torchvision's; the learning rate ends at 0, not 1e-6; test images are resized
+linearly; the encoder keeps its norm and pooling; positions are not trained.
 
-The run is a folder as in pre-training; --resume needs RUN where it was. The last epoch counts: see
-eval_finetune.json and confusion.png.
+The last epoch counts: eval_finetune.json, confusion.png. --resume needs RUN where it was.
 """
 import json
 import os
@@ -27,6 +24,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 
@@ -34,14 +32,14 @@ from augment import normalize, random_hflip, random_resized_crop
 from common import (Batches, Run, RunConfig, autocast, extract_features, flag, load_data,
                     make_config, make_parser, require, seed_step, start_processes)
 from eval_linear import accuracy, cosine_lr, labelled, load_model
-from images import MEAN, UserError
+from images import UserError
 from plots import plot_confusion, plot_curves
 
 RECIPES = {  # flags that --recipe sets
     "mae": {},
     "mvmae": {"batch": 512, "rand_prob": 1.0, "rand_magnitude": 3.0, "mix_prob": 0.8,
               "cutmix": 0.0, "erase": 0.0, "lr": 1e-3, "layer_decay": 0.75},
-    "plain": {"batch": 64, "rand_ops": 0, "mix_prob": 0.0, "erase": 0.0, "smoothing": 0.0,
+    "plain": {"batch": 64, "rand_prob": 0.0, "mix_prob": 0.0, "erase": 0.0, "smoothing": 0.0,
               "drop_path": 0.0, "crop_min": 0.4, "lr": 2e-3, "layer_decay": 0.75, "epochs": 10.0},
 }
 
@@ -49,19 +47,18 @@ RECIPES = {  # flags that --recipe sets
 @dataclass
 class Config:
     """Settings. Each is a command-line flag."""
-    run: str = ""  # a pre-training: its folder or a checkpoint
+    run: str = ""  # a run folder or a checkpoint
     recipe: Literal["mae", "mvmae", "plain"] = "mae"  # sets other defaults
-    scratch: bool = False  # start from random weights
+    scratch: bool = False  # from random weights
     labels: float = 1.0  # fraction of the labels of each class
-    rand_ops: int = 2  # operations of RandAugment
-    rand_prob: float = 0.5  # probability of each operation
+    rand_prob: float = 0.5  # of each of the two operations of RandAugment
     rand_magnitude: float = 9.0  # strength of RandAugment, 0 to 10
     mixup: float = 0.8  # α of mixup; 0: none
     cutmix: float = 1.0  # α of CutMix; 0: none
-    mix_prob: float = 1.0  # probability that a batch is mixed by one of them
+    mix_prob: float = 1.0  # probability that one of them mixes a batch
     erase: float = 0.25  # probability of random erasing
     smoothing: float = 0.1  # label smoothing
-    drop_path: float = 0.1  # stochastic depth of the last block
+    drop_path: float = 0.1  # stochastic depth, rises from 0 to this in the last block
     crop_min: float = 0.08  # smallest crop, fraction of the area
     layer_decay: float = 0.65  # learning rate of a block over that of the next
     epochs: float = 100  # passes over the labelled images
@@ -69,33 +66,31 @@ class Config:
     lr: float = 5e-4  # base learning rate, for a batch of 256
     wd: float = 0.05  # weight decay
     warmup: float = 5.0  # epochs of linear warm-up
-    data: str = ""  # a data set other than the run's
-    root: str = ""  # where data sets are, if not where the run had them
+    data: str = ""  # instead of the run's
+    root: str = ""  # where data sets are, instead of the run's
     out: str = ""  # folder of the run, new or empty
     resume: str = ""  # folder of a fine-tuning to continue
-    seed: int = 0  # of all random numbers
+    seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute
-    amp: bool = True  # bfloat16 autocast where the device is fast in it
-    workers: int = 8  # processes that augment, at most one for each core
+    amp: bool = True  # bfloat16 autocast where it is fast
+    workers: int = 8  # processes that augment
     log_every: int = 20  # steps between rows of metrics.csv
 
     def __post_init__(self):
         RunConfig.__post_init__(self)
-        for name in ("labels", "crop_min", "layer_decay"):
-            require(0 < getattr(self, name) <= 1, f"{flag(name)} must be above 0 and at most 1")
-        for name, top in (("smoothing", 1), ("drop_path", 1), ("warmup", self.epochs)):
-            require(getattr(self, name) < top, f"{flag(name)} must be below {top}")
-        require(self.rand_magnitude <= 10, "--rand-magnitude must be at most 10")
+        limits = {"labels": 1, "crop_min": 1, "layer_decay": 1, "rand_magnitude": 10,
+                  "smoothing": 0.99, "drop_path": 0.99}
+        for name, limit in limits.items():
+            require(getattr(self, name) <= limit, f"{flag(name)} must be at most {limit}")
 
 
-class Steps(torch.utils.data.Dataset):
-    """`steps[step]`: normalised images (B, 3, H, W) and class probabilities (B, classes), which
-    (seed, step, rank) determine."""
+class Steps:
+    """`steps[step]`: normalised images (B, 3, H, W) and class probabilities (B, classes). They
+    depend on (seed, step, rank)."""
     def __init__(self, batches, cfg, img):
         self.batches, self.cfg, self.img = batches, cfg, img
-        fill = [round(255 * value) for value in MEAN]
         self.change = v2.RandAugment(1, round(10 * cfg.rand_magnitude), 101,
-                                     v2.InterpolationMode.BILINEAR, fill)
+                                     v2.InterpolationMode.BILINEAR, fill=[124, 116, 104])
         self.erase = v2.RandomErasing(1.0, value="random")
         kinds = ((v2.MixUp, cfg.mixup), (v2.CutMix, cfg.cutmix))
         self.mixes = [kind(alpha=alpha) for kind, alpha in kinds if alpha > 0]
@@ -105,10 +100,10 @@ class Steps(torch.utils.data.Dataset):
         seed_step(cfg.seed, step, batches.rank)
         images = batches.images[batches.ids(step)]
         x = random_resized_crop(images, self.img, (cfg.crop_min, 1.0), kernel="bicubic")
-        x = random_hflip(x)                                                     # (B, 3, H, W)
-        counts = (torch.rand(len(x), cfg.rand_ops) < cfg.rand_prob).sum(1)      # (B,)
+        x = random_hflip(x)  # (B, 3, H, W)
+        counts = (torch.rand(len(x), 2) < cfg.rand_prob).sum(1)  # (B,)
         for i in counts.nonzero()[:, 0]:
-            image = v2.functional.to_pil_image(x[i])  # faster than tensors
+            image = v2.functional.to_pil_image(x[i])
             for _ in range(counts[i]):
                 image = self.change(image)
             x[i] = v2.functional.pil_to_tensor(image) / 255
@@ -139,13 +134,12 @@ def choose_labels(labels, fraction, seed):
 
 
 def block_names(encoder):
-    """Names of the blocks of an encoder, in order: modules with a child `mlp`."""
+    """Names of the encoder's blocks: modules with a child `mlp`."""
     return [name for name, module in encoder.named_modules() if hasattr(module, "mlp")]
 
 
 class Classifier(nn.Module):
-    """An encoder and a linear head, (B, 3, H, W) → scores (B, classes). Stochastic depth rises from
-    0 in the first block to `drop_path` in the last."""
+    """An encoder and a linear head, (B, 3, H, W) → scores (B, classes)."""
     def __init__(self, encoder, classes, drop_path):
         super().__init__()
         self.encoder = encoder.requires_grad_(True)
@@ -161,7 +155,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x):
-        z = self.encoder.features(x)                                            # (B, D)
+        z = self.encoder.features(x)  # (B, D)
         with torch.autocast(x.device.type, enabled=False):
             return self.head(z.float())
 
@@ -169,9 +163,8 @@ class Classifier(nn.Module):
 
 
 def layer_groups(model, wd, decay):
-    """AdamW's groups of a Classifier. Their `scale` of the learning rate is 1 for the head and the
-    last norm, and `decay` times that of the next layer for a block and the patch embedding. No
-    weight decay on biases, norms, tokens and positions."""
+    """AdamW's groups. `scale`, of the learning rate, is 1 for the head and the last norm; for a
+    block or the patch embedding it is `decay` times that of the next layer."""
     names = block_names(model.encoder)
     last, layer, groups = len(names) + 1, 0, {}
     for name, p in model.named_parameters():
@@ -183,7 +176,7 @@ def layer_groups(model, wd, decay):
         plain = p.ndim < 2 or "token" in name or "pos" in name
         group = {"params": [], "weight_decay": 0 if plain else wd, "scale": decay ** (last - layer)}
         groups.setdefault((layer, plain), group)["params"].append(p)
-    return list(groups.values())[::-1]  # the head first: metrics.csv has its rate
+    return list(groups.values())[::-1]  # metrics.csv has the head's rate
 
 
 def train(cfg):
@@ -193,12 +186,11 @@ def train(cfg):
     pretrained, pre = load_model(cfg.run, not cfg.scratch, cfg.seed)
     pre = replace(pre, data=cfg.data or pre.data, root=cfg.root or pre.root, images=0)
     images, test = load_data(pre)
-    require(test and len(images.classes) > 1,
-            f"--data {pre.data}: expected train/CLASS/IMAGE and test/CLASS/IMAGE")
+    require(test and len(images.classes) > 1, f"--data {pre.data}: no labelled test images")
     test, ids = labelled(test), choose_labels(images.labels, cfg.labels, cfg.seed)
     images = images if len(ids) == len(images) else images[ids]
     batches = Batches(images, cfg.batch, cfg.seed, torch.device("cpu"), rank, world)
-    batches.device = device  # that of the run; workers read batches.images
+    batches.device = device  # of Run; workers read batches.images
     steps, warmup = max(1, round(cfg.epochs * len(batches))), round(cfg.warmup * len(batches))
 
     torch.manual_seed(cfg.seed)
@@ -207,14 +199,13 @@ def train(cfg):
     optimizer = torch.optim.AdamW(layer_groups(model, cfg.wd, cfg.layer_decay), fused=True)
 
     run = Run(__file__, cfg, batches, steps, model=model, optimizer=optimizer)
-    workers = min(cfg.workers, os.cpu_count())
-    loader = torch.utils.data.DataLoader(
-        Steps(batches, cfg, pre.img), batch_size=None, sampler=range(run.start, steps),
-        num_workers=workers, worker_init_fn=ignore_signals)
+    loader = DataLoader(Steps(batches, cfg, pre.img), batch_size=None,
+                        sampler=range(run.start, steps), worker_init_fn=ignore_signals,
+                        num_workers=min(cfg.workers, os.cpu_count()))
 
     peak = cfg.lr * cfg.batch * world / 256
     for step, (x, targets) in enumerate(loader, run.start):
-        seed_step(cfg.seed, steps + step, rank)  # of stochastic depth
+        seed_step(cfg.seed, steps + step, rank)  # stochastic depth
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * cosine_lr(step, steps, warmup, peak)
 
@@ -233,9 +224,9 @@ def train(cfg):
     if rank == 0 and not run.interrupted:
         scores = extract_features(model.eval(), test, pre.img, device, cfg.amp).cpu()
         top1 = round(accuracy(scores, test.labels), 2)
-        run.tell(f"top-1 {top1} % of {len(test):,} test images, {len(images):,} training images")
-        report = {"percent": {"top1": top1}, "labelled": len(images), "config": asdict(cfg)}
-        (run.folder / "eval_finetune.json").write_text(json.dumps(report, indent=1) + "\n")
+        run.tell(f"top-1 {top1} % of {len(test):,} test images")
+        report = json.dumps({"percent": {"top1": top1}, **asdict(cfg)}, indent=1)
+        (run.folder / "eval_finetune.json").write_text(report + "\n")
         plot_curves(run.folder / "curves.png", run.rows)
         plot_confusion(run.folder / "confusion.png", test.labels, scores.argmax(1),
                        images.classes, "fine-tuned")
@@ -246,7 +237,7 @@ def main(argv=None):
     """The command line."""
     parser = make_parser(__file__, __doc__, Config, Config())
     parser.usage = "%(prog)s RUN [--flag value ...]"
-    parser.add_argument("run", metavar="RUN", nargs="?", help="as --run")
+    parser.add_argument("run", metavar="RUN", nargs="?")
     typed = vars(parser.parse_args(argv))
     try:
         recipe = {} if "resume" in typed else RECIPES[typed.get("recipe", "mae")]

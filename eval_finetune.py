@@ -67,7 +67,7 @@ class Config:
     wd: float = 0.05  # weight decay
     warmup: float = 5.0  # epochs of linear warm-up
     data: str = ""  # instead of the run's
-    root: str = ""  # where data sets are, instead of the run's
+    root: str = ""  # where data sets are
     out: str = ""  # folder of the run, new or empty
     resume: str = ""  # folder of a fine-tuning to continue
     seed: int = 0

@@ -42,7 +42,7 @@ from plots import denormalize, plot_confusion
 
 RECIPES = {"linear": {"lr": 2e-3, "wd": 1e-4, "batch": 256, "epochs": 100, "min_steps": 0},
            "attentive": {"lr": 5e-2, "wd": 1e-4, "batch": 256, "epochs": 10, "min_steps": 2000}}
-MAE = {"batch": 16384, "epochs": 90, "lr": 0.1, "warmup": 10}  # flags of --protocol mae
+MAE = {"batch": 16384, "epochs": 90.0, "lr": 0.1, "warmup": 10.0}  # of --protocol mae
 
 
 def load_model(run, trained=True, seed=None):
@@ -171,7 +171,7 @@ class LARS(torch.optim.SGD):
 def mae_probe(encoder, train, queries, args, img, device, amp=True, seed=0):
     """Scores (Q, classes) of the features `queries` (Q, D) after training on random crops."""
     batches = Batches(train, args.batch, seed, device)
-    steps, warmup = math.ceil(args.epochs * len(batches)), args.warmup * len(batches)
+    steps, warmup = (round(n * len(batches)) for n in (args.epochs, args.warmup))
     peak = args.lr * args.batch / 256
     torch.manual_seed(seed)
     D = queries.shape[1]

@@ -149,7 +149,7 @@ class Classifier(nn.Module):
             for child, branch in encoder.get_submodule(name).named_children():
                 if child in ("attn", "mlp"):
                     branch.register_forward_hook(
-                        lambda module, _, out, p=p: stochastic_depth(out, p, "row", module.training))
+                        lambda m, _, out, p=p: stochastic_depth(out, p, "row", m.training))
         self.head = nn.Linear(len(encoder.norm.weight), classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)

@@ -355,7 +355,8 @@ def test_stochastic_depth_rises_and_every_weight_is_trained():
 
 
 def steps(images, **changes):
-    off = {"rand_prob": 0.0, "mixup": 0.0, "cutmix": 0.0, "erase": 0.0, "crop_min": 1.0, "batch": 40}
+    off = {"rand_prob": 0.0, "mixup": 0.0, "cutmix": 0.0, "erase": 0.0, "crop_min": 1.0,
+           "batch": 40}
     cfg = replace(eval_finetune.Config(), **{**off, **changes})
     return eval_finetune.Steps(common.Batches(images, cfg.batch, 0, CPU), cfg, 16)
 

@@ -1,19 +1,16 @@
 """Fine-tunes the encoder of a run with a linear head. Defaults are those of --recipe mae.
 
-    python eval_finetune.py RUN                              MAE's recipe
-    python eval_finetune.py RUN --recipe plain               crops and flips, for small encoders
-    python eval_finetune.py RUN --labels 0.01                1 % of the labels of each class
-    python eval_finetune.py RUN --scratch --layer-decay 1    from random weights
-    torchrun --nproc-per-node 8 eval_finetune.py RUN --batch 128    MAE's batch on eight GPUs
+    python eval_finetune.py RUN --recipe plain    crops and flips, for small encoders
+    python eval_finetune.py RUN --labels 0.01     1 % of the labels of each class
+    torchrun --nproc-per-node 8 eval_finetune.py RUN --batch 128    batch 1024
 
 --recipe mae is that of FINETUNE.md in MAE's code for ViT-B; mvmae is Multi-View MAE's §4.1.2 (100
 epochs, batch 512, mixup with probability 0.8, RandAugment), for the rest MAE's paper, Table 9.
 What differs from MAE's code, which uses timm: RandAugment's strength has no noise (mstd0.5), and
-its operations are torchvision's; the learning rate ends at 0, not at 1e-6; test images are resized
-linearly; the encoder keeps its own norm and pooling; positions are not trained.
+its operations are torchvision's; the learning rate ends at 0, not 1e-6; test images are resized
+linearly; the encoder keeps its norm and pooling; positions are not trained.
 
-The run is a folder as in pre-training; --resume needs RUN where it was. The last epoch counts: see
-eval_finetune.json and confusion.png.
+The last epoch counts: eval_finetune.json, confusion.png. --resume needs RUN where it was.
 """
 import json
 import os
@@ -27,6 +24,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 
@@ -34,14 +32,14 @@ from augment import normalize, random_hflip, random_resized_crop
 from common import (Batches, Run, RunConfig, autocast, extract_features, flag, load_data,
                     make_config, make_parser, require, seed_step, start_processes)
 from eval_linear import accuracy, cosine_lr, labelled, load_model
-from images import MEAN, UserError
+from images import UserError
 from plots import plot_confusion, plot_curves
 
 RECIPES = {  # flags that --recipe sets
     "mae": {},
     "mvmae": {"batch": 512, "rand_prob": 1.0, "rand_magnitude": 3.0, "mix_prob": 0.8,
               "cutmix": 0.0, "erase": 0.0, "lr": 1e-3, "layer_decay": 0.75},
-    "plain": {"batch": 64, "rand_ops": 0, "mix_prob": 0.0, "erase": 0.0, "smoothing": 0.0,
+    "plain": {"batch": 64, "rand_prob": 0.0, "mix_prob": 0.0, "erase": 0.0, "smoothing": 0.0,
               "drop_path": 0.0, "crop_min": 0.4, "lr": 2e-3, "layer_decay": 0.75, "epochs": 10.0},
 }
 
@@ -49,53 +47,50 @@ RECIPES = {  # flags that --recipe sets
 @dataclass
 class Config:
     """Settings. Each is a command-line flag."""
-    run: str = ""  # a pre-training: its folder or a checkpoint
-    recipe: Literal["mae", "mvmae", "plain"] = "mae"  # where the other defaults come from
-    scratch: bool = False  # start from random weights
-    labels: float = 1.0  # fraction of the labels of each class that is used
-    rand_ops: int = 2  # operations of RandAugment
-    rand_prob: float = 0.5  # probability of each operation
+    run: str = ""  # a run folder or a checkpoint
+    recipe: Literal["mae", "mvmae", "plain"] = "mae"  # sets other defaults
+    scratch: bool = False  # from random weights
+    labels: float = 1.0  # fraction of the labels of each class
+    rand_prob: float = 0.5  # of each of the two operations of RandAugment
     rand_magnitude: float = 9.0  # strength of RandAugment, 0 to 10
     mixup: float = 0.8  # α of mixup; 0: none
-    cutmix: float = 1.0  # α of CutMix, which alternates with mixup; 0: none
-    mix_prob: float = 1.0  # probability that a batch is mixed
+    cutmix: float = 1.0  # α of CutMix; 0: none
+    mix_prob: float = 1.0  # probability that one of them mixes a batch
     erase: float = 0.25  # probability of random erasing
     smoothing: float = 0.1  # label smoothing
-    drop_path: float = 0.1  # stochastic depth of the last block, falling to 0 at the first
+    drop_path: float = 0.1  # stochastic depth, rises from 0 to this in the last block
     crop_min: float = 0.08  # smallest crop, fraction of the area
-    layer_decay: float = 0.65  # learning rate of a block as a fraction of the next one's
+    layer_decay: float = 0.65  # learning rate of a block over that of the next
     epochs: float = 100  # passes over the labelled images
-    batch: int = 1024  # images per step and process
+    batch: int = 1024  # images a step and process
     lr: float = 5e-4  # base learning rate, for a batch of 256
     wd: float = 0.05  # weight decay
     warmup: float = 5.0  # epochs of linear warm-up
-    data: str = ""  # a data set other than the run's
-    root: str = ""  # where data sets are, if not where the run had them
-    out: str = ""  # folder of the run, new or empty (default: runs/eval_finetune-DATE-TIME)
+    data: str = ""  # instead of the run's
+    root: str = ""  # where data sets are
+    out: str = ""  # folder of the run, new or empty
     resume: str = ""  # folder of a fine-tuning to continue
-    seed: int = 0  # of all random numbers
+    seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute
-    amp: bool = True  # bfloat16 autocast where the device is fast in it
-    workers: int = 8  # processes that augment, at most one for each core; 0: none
+    amp: bool = True  # bfloat16 autocast where it is fast
+    workers: int = 8  # processes that augment
     log_every: int = 20  # steps between rows of metrics.csv
 
     def __post_init__(self):
         RunConfig.__post_init__(self)
-        for name in ("labels", "crop_min", "layer_decay"):
-            require(0 < getattr(self, name) <= 1, f"{flag(name)} must be above 0 and at most 1")
-        for name, top in (("smoothing", 1), ("drop_path", 1), ("warmup", self.epochs)):
-            require(getattr(self, name) < top, f"{flag(name)} must be below {top}")
-        require(self.rand_magnitude <= 10, "--rand-magnitude must be at most 10")
+        limits = {"labels": 1, "crop_min": 1, "layer_decay": 1, "rand_magnitude": 10,
+                  "smoothing": 0.99, "drop_path": 0.99}
+        for name, limit in limits.items():
+            require(getattr(self, name) <= limit, f"{flag(name)} must be at most {limit}")
 
 
-class Steps(torch.utils.data.Dataset):
-    """`steps[step]`: normalised images (B, 3, H, W) and class probabilities (B, classes) of a step.
-    Their random numbers depend on (seed, step, rank) alone."""
+class Steps:
+    """`steps[step]`: normalised images (B, 3, H, W) and class probabilities (B, classes). They
+    depend on (seed, step, rank)."""
     def __init__(self, batches, cfg, img):
         self.batches, self.cfg, self.img = batches, cfg, img
-        fill = [round(255 * value) for value in MEAN]
         self.change = v2.RandAugment(1, round(10 * cfg.rand_magnitude), 101,
-                                     v2.InterpolationMode.BILINEAR, fill)
+                                     v2.InterpolationMode.BILINEAR, fill=[124, 116, 104])
         self.erase = v2.RandomErasing(1.0, value="random")
         kinds = ((v2.MixUp, cfg.mixup), (v2.CutMix, cfg.cutmix))
         self.mixes = [kind(alpha=alpha) for kind, alpha in kinds if alpha > 0]
@@ -105,10 +100,10 @@ class Steps(torch.utils.data.Dataset):
         seed_step(cfg.seed, step, batches.rank)
         images = batches.images[batches.ids(step)]
         x = random_resized_crop(images, self.img, (cfg.crop_min, 1.0), kernel="bicubic")
-        x = random_hflip(x)                                                     # (B, 3, H, W)
-        counts = (torch.rand(len(x), cfg.rand_ops) < cfg.rand_prob).sum(1)      # (B,)
+        x = random_hflip(x)  # (B, 3, H, W)
+        counts = (torch.rand(len(x), 2) < cfg.rand_prob).sum(1)  # (B,)
         for i in counts.nonzero()[:, 0]:
-            image = v2.functional.to_pil_image(x[i])  # faster than tensors
+            image = v2.functional.to_pil_image(x[i])
             for _ in range(counts[i]):
                 image = self.change(image)
             x[i] = v2.functional.pil_to_tensor(image) / 255
@@ -123,13 +118,13 @@ class Steps(torch.utils.data.Dataset):
 
 
 def ignore_signals(worker):
-    """Ctrl-C reaches the workers too; only the main process answers it."""
+    """Leaves Ctrl-C to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def choose_labels(labels, fraction, seed):
-    """Sorted ids of the images whose labels are used: the fraction of each class, at least one."""
+    """Sorted ids of a fraction of the images of each class, at least one."""
     generator, chosen = torch.Generator().manual_seed(seed), []
     for label in labels[labels >= 0].unique():
         ids = (labels == label).nonzero()[:, 0]
@@ -139,13 +134,12 @@ def choose_labels(labels, fraction, seed):
 
 
 def block_names(encoder):
-    """Names of the residual blocks of an encoder in order: the modules with a child `mlp`."""
+    """Names of the encoder's blocks: modules with a child `mlp`."""
     return [name for name, module in encoder.named_modules() if hasattr(module, "mlp")]
 
 
 class Classifier(nn.Module):
-    """An encoder and a linear head, (B, 3, H, W) → scores (B, classes). In training, a branch of a
-    block is dropped for an image with a probability that rises from 0 to `drop_path`."""
+    """An encoder and a linear head, (B, 3, H, W) → scores (B, classes)."""
     def __init__(self, encoder, classes, drop_path):
         super().__init__()
         self.encoder = encoder.requires_grad_(True)
@@ -155,13 +149,13 @@ class Classifier(nn.Module):
             for child, branch in encoder.get_submodule(name).named_children():
                 if child in ("attn", "mlp"):
                     branch.register_forward_hook(
-                        lambda module, _, out, p=p: stochastic_depth(out, p, "row", module.training))
+                        lambda m, _, out, p=p: stochastic_depth(out, p, "row", m.training))
         self.head = nn.Linear(len(encoder.norm.weight), classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x):
-        z = self.encoder.features(x)                                            # (B, D)
+        z = self.encoder.features(x)  # (B, D)
         with torch.autocast(x.device.type, enabled=False):
             return self.head(z.float())
 
@@ -169,12 +163,11 @@ class Classifier(nn.Module):
 
 
 def layer_groups(model, wd, decay):
-    """AdamW's groups of a Classifier. `scale` of the learning rate: 1 for the head and last norm,
-    `decay` times that of the next layer for a block; the patch embedding comes first. No weight
-    decay on biases, norms, tokens and positions."""
+    """AdamW's groups. `scale`, of the learning rate, is 1 for the head and the last norm; for a
+    block or the patch embedding it is `decay` times that of the next layer."""
     names = block_names(model.encoder)
     last, layer, groups = len(names) + 1, 0, {}
-    for name, p in model.named_parameters():  # own parameters, then those of layers in order
+    for name, p in model.named_parameters():
         inside = [i for i, block in enumerate(names, 1) if name.startswith(f"encoder.{block}.")]
         if inside:
             layer = inside[0]
@@ -183,22 +176,21 @@ def layer_groups(model, wd, decay):
         plain = p.ndim < 2 or "token" in name or "pos" in name
         group = {"params": [], "weight_decay": 0 if plain else wd, "scale": decay ** (last - layer)}
         groups.setdefault((layer, plain), group)["params"].append(p)
-    return list(groups.values())[::-1]  # the first one's rate is in metrics.csv: the head's
+    return list(groups.values())[::-1]  # metrics.csv has the head's rate
 
 
 def train(cfg):
     """Fine-tunes as `cfg` says. Returns the run folder."""
     device, rank, world = start_processes(cfg.device)
-    require(cfg.run, "RUN is missing: name the folder of a pre-training")
+    require(cfg.run, "name the folder of a pre-training, RUN")
     pretrained, pre = load_model(cfg.run, not cfg.scratch, cfg.seed)
     pre = replace(pre, data=cfg.data or pre.data, root=cfg.root or pre.root, images=0)
     images, test = load_data(pre)
-    require(test and len(images.classes) > 1,
-            f"--data {pre.data}: expected train/CLASS/IMAGE and test/CLASS/IMAGE")
+    require(test and len(images.classes) > 1, f"--data {pre.data}: no labelled test images")
     test, ids = labelled(test), choose_labels(images.labels, cfg.labels, cfg.seed)
     images = images if len(ids) == len(images) else images[ids]
     batches = Batches(images, cfg.batch, cfg.seed, torch.device("cpu"), rank, world)
-    batches.device = device  # of the run; workers read batches.images
+    batches.device = device  # of Run; workers read batches.images
     steps, warmup = max(1, round(cfg.epochs * len(batches))), round(cfg.warmup * len(batches))
 
     torch.manual_seed(cfg.seed)
@@ -207,22 +199,19 @@ def train(cfg):
     optimizer = torch.optim.AdamW(layer_groups(model, cfg.wd, cfg.layer_decay), fused=True)
 
     run = Run(__file__, cfg, batches, steps, model=model, optimizer=optimizer)
-    workers = min(cfg.workers, os.cpu_count())
-    loader = torch.utils.data.DataLoader(
-        Steps(batches, cfg, pre.img), batch_size=None, sampler=range(run.start, steps),
-        num_workers=workers, prefetch_factor=1 if workers else None, worker_init_fn=ignore_signals,
-        pin_memory=device.type == "cuda")
+    loader = DataLoader(Steps(batches, cfg, pre.img), batch_size=None,
+                        sampler=range(run.start, steps), worker_init_fn=ignore_signals,
+                        num_workers=min(cfg.workers, os.cpu_count()))
 
+    peak = cfg.lr * cfg.batch * world / 256
     for step, (x, targets) in enumerate(loader, run.start):
-        seed_step(cfg.seed, steps + step, rank)  # of stochastic depth
+        seed_step(cfg.seed, steps + step, rank)  # stochastic depth
         for group in optimizer.param_groups:
-            rate = cosine_lr(step, steps, warmup, cfg.lr * cfg.batch * world / 256)
-            group["lr"] = group["scale"] * rate
+            group["lr"] = group["scale"] * cosine_lr(step, steps, warmup, peak)
 
         with autocast(device, cfg.amp):
-            scores = net(x.to(device, non_blocking=True))
-        targets = targets.to(device, non_blocking=True)
-        loss = F.cross_entropy(scores, targets, label_smoothing=cfg.smoothing)
+            scores = net(x.to(device))
+        loss = F.cross_entropy(scores, targets.to(device), label_smoothing=cfg.smoothing)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -234,11 +223,10 @@ def train(cfg):
                 break
     if rank == 0 and not run.interrupted:
         scores = extract_features(model.eval(), test, pre.img, device, cfg.amp).cpu()
-        percent = {f"top{k}": accuracy(scores, test.labels, k)
-                   for k in ((1, 5) if len(images.classes) > 5 else (1,))}
-        run.tell(f"{percent} % of {len(test):,} test images after {len(images):,} labelled ones")
-        report = {"percent": percent, "labelled": len(images), "config": asdict(cfg)}
-        (run.folder / "eval_finetune.json").write_text(json.dumps(report, indent=1) + "\n")
+        top1 = round(accuracy(scores, test.labels), 2)
+        run.tell(f"top-1 {top1} % of {len(test):,} test images")
+        report = json.dumps({"percent": {"top1": top1}, **asdict(cfg)}, indent=1)
+        (run.folder / "eval_finetune.json").write_text(report + "\n")
         plot_curves(run.folder / "curves.png", run.rows)
         plot_confusion(run.folder / "confusion.png", test.labels, scores.argmax(1),
                        images.classes, "fine-tuned")
@@ -249,7 +237,7 @@ def main(argv=None):
     """The command line."""
     parser = make_parser(__file__, __doc__, Config, Config())
     parser.usage = "%(prog)s RUN [--flag value ...]"
-    parser.add_argument("run", metavar="RUN", nargs="?", help="as --run")
+    parser.add_argument("run", metavar="RUN", nargs="?")
     typed = vars(parser.parse_args(argv))
     try:
         recipe = {} if "resume" in typed else RECIPES[typed.get("recipe", "mae")]

@@ -9,7 +9,7 @@ kNN: the 20 training images with the highest cosine vote, each with weight exp(c
 Linear probe: a linear layer on `features`, standardised by the training images.
 Attentive probe: a learned query q weighs the standardised `tokens` x_t of an image by
 softmax(q·x_t / √D), and a linear layer takes their weighted mean, arXiv 2506.10178. All tokens are
-held in half precision: 15 GB for 50,000 images of 196 × 768. --no-attentive leaves it out.
+held in half precision: 15 GB for 50,000 images of 196 × 768; see --no-attentive.
 Effective rank of the training features: near 1, the encoder has collapsed. It needs no labels.
 
 --protocol mae replaces both probes by that of MAE's main_linprobe.py, which CAMAE §IV-A cites:
@@ -42,7 +42,7 @@ from plots import denormalize, plot_confusion
 
 RECIPES = {"linear": {"lr": 2e-3, "wd": 1e-4, "batch": 256, "epochs": 100, "min_steps": 0},
            "attentive": {"lr": 5e-2, "wd": 1e-4, "batch": 256, "epochs": 10, "min_steps": 2000}}
-MAE = {"batch": 16384, "epochs": 90, "lr": 0.1, "warmup": 10}  # flags of --protocol mae
+MAE = {"batch": 16384, "epochs": 90.0, "lr": 0.1, "warmup": 10.0}  # of --protocol mae
 
 
 def load_model(run, trained=True, seed=None):
@@ -68,7 +68,7 @@ def load_model(run, trained=True, seed=None):
 
 
 class RawPixels(nn.Module):
-    """The baseline without an encoder: pixels in 0…1, shrunk to at most 32×32."""
+    """A baseline: pixels in 0…1, shrunk to at most 32×32."""
     def features(self, x):
         side = min(32, x.shape[2])
         pixels = F.interpolate(denormalize(x), (side, side), mode="bilinear", antialias=True)
@@ -144,7 +144,7 @@ class AttentiveProbe(nn.Module):
         nn.init.zeros_(self.head.weight)
 
     def forward(self, x):
-        weights = (x @ self.query / x.shape[2] ** 0.5).softmax(1)               # (B, T)
+        weights = (x @ self.query / x.shape[2] ** 0.5).softmax(1)  # (B, T)
         return self.head((weights[:, None] @ x)[:, 0])
 
 
@@ -171,7 +171,7 @@ class LARS(torch.optim.SGD):
 def mae_probe(encoder, train, queries, args, img, device, amp=True, seed=0):
     """Scores (Q, classes) of the features `queries` (Q, D) after training on random crops."""
     batches = Batches(train, args.batch, seed, device)
-    steps, warmup = math.ceil(args.epochs * len(batches)), args.warmup * len(batches)
+    steps, warmup = (round(n * len(batches)) for n in (args.epochs, args.warmup))
     peak = args.lr * args.batch / 256
     torch.manual_seed(seed)
     D = queries.shape[1]
@@ -286,12 +286,12 @@ def main(argv=None):
                                      description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add, boolean = parser.add_argument, argparse.BooleanOptionalAction
     add("run", metavar="RUN", help="a run folder or a checkpoint")
-    add("--data", default="", help="a data set other than the run's")
-    add("--root", default="", help="where data sets are, if not where the run had them")
+    add("--data", default="", help="instead of the run's")
+    add("--root", default="", help="where data sets are, instead of the run's")
     add("--images", type=int, default=0, help="number of training images; 0: all")
     add("--baselines", action="store_true", help="also the untrained encoder and raw pixels")
     add("--seeds", type=int, default=1, help="number of trainings of each probe")
-    add("--attentive", action=boolean, default=True, help="the attentive probe, the slowest")
+    add("--attentive", action=boolean, default=True, help="the attentive probe")
     add("--protocol", choices=("own", "mae"), default="own", help="which probes")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--amp", action=boolean, default=True, help="bfloat16 where it is fast")

@@ -36,7 +36,7 @@ def require(condition, message):
 # Flags
 
 # Flags that may be typed beside --resume: they do not change the result.
-RESUMABLE = ("resume", "root", "device", "compile", "log_every", "eval_every")
+RESUMABLE = ("resume", "root", "device", "compile", "log_every", "eval_every", "workers")
 
 
 @dataclasses.dataclass

@@ -224,7 +224,7 @@ def train(cfg):
     if rank == 0 and not run.interrupted:
         scores = extract_features(model.eval(), test, pre.img, device, cfg.amp).cpu()
         top1 = round(accuracy(scores, test.labels), 2)
-        run.tell(f"top-1 {top1} % of {len(test):,} test images")
+        print(f"top-1 {top1} % of {len(test):,} test images")
         report = json.dumps({"percent": {"top1": top1}, **asdict(cfg)}, indent=1)
         (run.folder / "eval_finetune.json").write_text(report + "\n")
         plot_curves(run.folder / "curves.png", run.rows)

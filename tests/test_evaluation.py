@@ -285,7 +285,7 @@ def test_raw_pixels_are_the_crop_between_0_and_1():
 
 @pytest.mark.parametrize("program, command, words", [
     (eval_linear, "{run} --seeds 0", ["--seeds", "positive"]),
-    (eval_linear, "{run} --images -1", ["--images", "negative"]),
+    (eval_linear, "{run} --images -1", ["--images", "must be in"]),
     (eval_linear, "{run}/nowhere", ["nowhere"]),
     (eval_linear, "{run}/foreign.pt", ["foreign.pt", "no_such_method.py"]),
     (eval_linear, "{run}/tuned.pt", ["tuned.pt", "eval_finetune.py"]),

@@ -4,12 +4,11 @@
     python -m results.gpu --out runs/try --rehearse          tiny sizes on the CPU
 
 Four parts, each a process with a time limit; one that fails does not stop the next:
-  agree   each method and backbone: three steps in float32 and bfloat16 against float32 on the CPU,
-          from the same weights, masks and views; a resumed and a compiled run
+  agree   three steps in float32 and bfloat16 against the CPU; a resumed and a compiled run
   speed   60 steps of each default configuration, then of batches 16 and 256
   views   views alone at 32 and 224 pixels
   mclim   MCLim as in the paper (224 pixels, 768 × 6), batch 64, as many epochs as fit
-Every figure is printed and written to OUT/figures.json as soon as it is known.
+Every figure is printed and written to OUT/figures.json at once.
 """
 import argparse
 import csv
@@ -37,24 +36,24 @@ FORMS = [(method, {}) for method in METHODS] + [(mclim, {"backbone": "swin"}),
                                                 (mclim, {"backbone": "hivit"})]
 
 
-def note(out, name, job):
-    """Prints the figures that job() returns, or its error, and adds them to figures.json."""
+def note(args, name, job):
+    """Prints the figures of job(), or its error, and adds them to figures.json."""
     try:
         figures = job()
-    except Exception as error:  # the other figures are worth having
-        figures = {"error": f"{type(error).__name__}: {error}"[:500]}
+    except Exception as error:
+        figures = {"error": repr(error)[:500]}
     print(name, json.dumps(figures), flush=True)
-    file = out / "figures.json"
+    file = args.out / "figures.json"
     known = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps({**known, name: figures}, indent=1) + "\n")
 
 
 def losses_of_steps(module, cfg, device, amp):
-    """The loss terms of three steps from fixed weights, masks and views."""
+    """Loss terms of three steps from fixed weights, masks and views."""
     torch.manual_seed(0)
     model, views = module.Model(cfg), torch.randn(2, cfg.batch, 3, cfg.img, cfg.img)
     N = model.N_b if module is mclim else model.N
-    rows = 2 * cfg.batch if module is mvmae else cfg.batch  # Multi-View MAE masks both at once
+    rows = 2 * cfg.batch if module is mvmae else cfg.batch  # both views
     names = {cmae: ["mask_q", "mask_k"], macrl: ["mask_s", "mask_w"]}.get(module, ["mask"])
     masks = {name: module.random_mask(rows, N, getattr(cfg, name, cfg.mask)).to(device)
              for name in names}
@@ -70,7 +69,7 @@ def losses_of_steps(module, cfg, device, amp):
     return values
 
 
-def agree(out, device, rehearse):
+def agree(args, device):
     for module, form in FORMS:
         cfg = replace(module.TINY, data="shapes", images=160, img=32, depth=2, batch=32, epochs=2,
                       warmup=0.2, device=device.type, log_every=1, eval_every=0, **form)
@@ -81,33 +80,34 @@ def agree(out, device, rehearse):
                         losses_of_steps(module, cfg, torch.device("cpu"), False))
             return max(abs(a - b) / max(abs(b), 1e-6) for a, b in pairs)
 
-        def train(**changes):
-            folder = str(out / "runs" / " ".join([name, *changes]))
-            folder = module.train(replace(cfg, **{"out": folder, **changes}))
+        def last_loss(folder, **changes):
+            module.train(replace(cfg, out=str(folder), **changes))
             with open(folder / "metrics.csv", newline="") as table:
-                return [float(row["loss"]) for row in csv.DictReader(table) if row["loss"]][-1]
+                return [row["loss"] for row in csv.DictReader(table) if row["loss"]][-1]
 
-        def resume():
-            folder, whole = out / "runs" / name, train()
-            (folder / "last.pt").unlink()  # previous.pt is of the first epoch
-            return {"whole": whole, "resumed": train(out=str(folder), resume=str(folder))}
+        def resume(folder):
+            whole = last_loss(folder)
+            (folder / "last.pt").unlink()  # leaves the first epoch's
+            return {"whole": whole, "resumed": last_loss(folder, resume=str(folder))}
 
-        note(out, f"agree {name} float32", lambda: {"relative difference": compare(False)})
-        note(out, f"agree {name} bfloat16", lambda: {"relative difference": compare(True)})
-        if not rehearse or module is mvmae:
-            note(out, f"agree {name} resumed", resume)
-            note(out, f"agree {name} compiled", lambda: {"loss": train(compile=True)})
+        note(args, f"agree {name} float32", lambda: {"difference": compare(False)})
+        note(args, f"agree {name} bfloat16", lambda: {"difference": compare(True)})
+        if not args.rehearse or module is mvmae:
+            note(args, f"agree {name} resumed", lambda: resume(args.out / name))
+            note(args, f"agree {name} compiled",
+                 lambda: {"loss": last_loss(args.out / f"{name} compiled", compile=True)})
 
 
-def speed(out, device, rehearse):
-    limit = matrix_rate(device, torch.float32 if rehearse else torch.bfloat16)
-    note(out, "matrix product", lambda: {"TFLOP/s": limit / 1e12})
-    for batch in (4,) if rehearse else (0, 16, 256):
+def speed(args, device):
+    limit = matrix_rate(device, torch.float32 if args.rehearse else torch.bfloat16)
+    note(args, "matrix product", lambda: {"TFLOP/s": limit / 1e12})
+    for batch in (4,) if args.rehearse else (0, 16, 256):
         for module, form in FORMS:
-            cfg = replace(module.TINY if rehearse else module.Config(), **form)
+            cfg = replace(module.TINY if args.rehearse else module.Config(), **form)
             cfg = replace(cfg, batch=batch or cfg.batch)
             name = " ".join(["speed", module.__name__, *form.values(), f"batch {cfg.batch}"])
-            note(out, name, lambda: rate(module, cfg, device, limit, 2 if rehearse else 60))
+            count = 2 if args.rehearse else 60
+            note(args, name, lambda: rate(module, cfg, device, limit, count))
 
 
 def random_images(cfg, device):
@@ -116,7 +116,7 @@ def random_images(cfg, device):
 
 
 def rate(module, cfg, device, limit, count):
-    """Rate, peak memory and losses of `count` steps after three others."""
+    """Figures of `count` steps after three others."""
     model, images = module.Model(cfg).to(device), random_images(cfg, device)
     optimizer = torch.optim.AdamW(module.param_groups(model, cfg.wd), lr=1e-4, fused=True)
     losses = []
@@ -124,7 +124,7 @@ def rate(module, cfg, device, limit, count):
         torch.cuda.reset_peak_memory_stats()
     for step in range(count + 3):
         if step == 3:
-            losses[-1].item()  # waits for the device
+            losses[-1].item()  # waits
             begin = time.time()
         seed_step(0, step)
         view1, view2 = module.views(images, cfg)[:2]
@@ -137,45 +137,44 @@ def rate(module, cfg, device, limit, count):
     first, *_, last = torch.stack(losses).tolist()
     speed = count * cfg.batch / (time.time() - begin)
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0
-    return {"images/s": speed, "fraction of matrix rate": speed * gflop_per_image(cfg) * 1e9 / limit,
-            "peak GB": peak, "first loss": first, "last loss": last}
+    fraction = speed * gflop_per_image(cfg) * 1e9 / limit
+    return {"images/s": speed, "fraction of matrix rate": fraction, "peak GB": peak,
+            "first loss": first, "last loss": last}
 
 
-def views(out, device, rehearse):
+def views(args, device):
     for module in METHODS:
         for img, patch in ((32, 4), (224, 16)):
-            cfg = replace(module.TINY, img=img, patch=patch, batch=4 if rehearse else 64)
+            cfg = replace(module.TINY, img=img, patch=patch, batch=4 if args.rehearse else 64)
             images = random_images(cfg, device)
-            note(out, f"views {module.__name__} {img}", lambda: {
+            note(args, f"views {module.__name__} {img}", lambda: {
                 "images/s": cfg.batch / seconds(lambda: module.views(images, cfg), device, 1.0)})
 
 
-def run_mclim(out, device, data, rehearse):
-    cfg = replace(mclim.TINY, images=256) if rehearse else mclim.Config()
-    mclim.train(replace(cfg, data=data, root=str(out / "data"), out=str(out / "mclim"), batch=64,
-                        eval_every=1, device=device.type))
+def run_mclim(args, device):
+    cfg = replace(mclim.TINY, images=256) if args.rehearse else mclim.Config()
+    mclim.train(replace(cfg, data=args.data, root=f"{args.out}/data", out=f"{args.out}/mclim",
+                        batch=64, eval_every=1, device=device.type))
 
 
 def main():
-    parser = argparse.ArgumentParser("python -m results.gpu", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("results.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the figures")
-    parser.add_argument("--data", default="shapes", help="data set of the last part")
+    parser.add_argument("--data", default="shapes", help="data set of part mclim")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--part", choices=LIMITS, help="only this part, without a time limit")
+    parser.add_argument("--part", choices=LIMITS, help="this part alone")
     args = parser.parse_args()
     if not (args.rehearse or torch.cuda.is_available()):
-        parser.error("no CUDA GPU is available; --rehearse tries the script on the CPU")
+        parser.error("no CUDA GPU is available; try --rehearse")
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cpu" if args.rehearse else "cuda")
-    if args.part == "mclim":
-        run_mclim(args.out, device, args.data, args.rehearse)
-    elif args.part:
-        {"agree": agree, "speed": speed, "views": views}[args.part](args.out, device, args.rehearse)
+    parts = {"agree": agree, "speed": speed, "views": views, "mclim": run_mclim}
+    if args.part:
+        parts[args.part](args, device)
     else:
         for part, limit in LIMITS.items():
             command = [sys.executable, "-m", "results.gpu", *sys.argv[1:], "--part", part]
-            note(args.out, f"part {part}",
+            note(args, f"part {part}",
                  lambda: {"status": subprocess.run(command, timeout=limit).returncode})
 
 

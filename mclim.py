@@ -2,30 +2,31 @@
 modeling", Academic Journal of Computing & Information Science 7(5), 2024,
 doi:10.25236/AJCIS.2024.070513.
 
-One branch sees a view with most patches masked and reconstructs it; the other branch sees another
-view, unmasked. One projection T serves both tasks: its outputs, rearranged, are the reconstructed
-pixels, and their mean over the tokens is contrasted by DCL (decoupled contrastive learning, Yeh et
-al., arXiv 2110.06848): InfoNCE without the positive pair in the denominator.
+One branch sees a view with most patches masked and reconstructs it. The other branch sees another
+view, unmasked. One projection T serves both tasks: PixelShuffle turns its outputs into an image,
+and their mean over the tokens enters the decoupled contrastive loss (DCL, Yeh et al., arXiv
+2110.06848), which is InfoNCE without the positive pair in the denominator.
 
-One training step on B images of N patches, D the width of a token, P the values of a patch:
+One training step on B images of N patches, D the width of a token, P values a patch:
     view1, view2 = crop(images), colour(crop(images))             # §2.1      (B, 3, 224, 224)
     mask = 60 % of the patches, at random                         # §2.2      (B, N)
     tokens1 = F1(view1, a learnable vector in masked patches)     # Eq. 1     (B, N, D)
     Z1 = T1(tokens1)                                              # Eq. 3     (B, N, P)
-    L1 = MSE(PixelShuffle(Z1), view1 with each patch normalised)  # Eq. 4, 6  of masked patches
+    L1 = MSE(PixelShuffle(Z1), normalised patches of view1)       # Eq. 4, 6  masked patches only
     Z2 = T2(F2(view2)), no gradient                               # Eq. 2, 5  (B, N, P)
     L2 = DCL(Z1.mean(1), Z2.mean(1))                              # Eq. 8, 9  a scalar
-    step of AdamW on λ·L1 + L2; F2, T2 = average of F1, T1        # Eq. 10    --target momentum
+    step of AdamW on λ·L1 + L2                                    # Eq. 10
+    F2, T2 ← m·(F2, T2) + (1 - m)·(F1, T1)                        # --target momentum, inferred
 
-The paper leaves open, and may change the result: --target, whose default is inferred from "with
-λ = 0 MCLim degenerates to MoCo v3"; --lr, --tau, --norm-pixels, --lam (Eq. 6 as a mean or a sum),
---pool; and whether "accuracy" is fine-tuned, as is likely. papers/mclim.md has every choice.
+The paper leaves these choices open, and they may change the result: --target (inferred: with λ = 0
+MCLim "degenerates to the MOCO V3 algorithm", §3.2.3), --lr, --tau, --norm-pixels, --pool, --lam
+(Eq. 6 as a mean or a sum) and the kind of accuracy, probably fine-tuned. papers/mclim.md has all.
 
     python mclim.py --epochs 100 --batch 16         the paper's run; not yet run on a GPU
     python mclim.py --tiny --data shapes            a first look on a laptop
     python eval_finetune.py runs/mclim-DATE-TIME    accuracy
 
-Expect, with --tiny --images 5000 --epochs 1 on CIFAR-10 (JPEG), in the last row: loss 5.931.
+Expect loss 5.931 in the last row of --tiny --images 5000 --epochs 1 on CIFAR-10 (JPEG).
 """
 import copy
 import math
@@ -49,15 +50,15 @@ from common import (Batches, Run, RunConfig, autocast, load_data, load_encoder, 
 @dataclass
 class Config(RunConfig):
     """Hyper-parameters of the paper. Each is a command-line flag."""
-    mask: float = 0.6  # fraction of the mask blocks that is masked, §3.2
+    mask: float = 0.6  # fraction of the mask blocks that are masked, §3.2
     lam: float = 1.0  # λ, weight of L₁, Table 5's best; 0 leaves L₁ out
-    tau: float = 0.2  # τ, temperature; MoCo v3's, the paper gives none
+    tau: float = 0.2  # τ, temperature; the paper gives none, this is MoCo v3's
     contrast: Literal["dcl", "infonce", "none"] = "dcl"  # L₂: Eq. 9, Eq. 7, or no branch 2
-    pixels: Literal["masked", "all"] = "masked"  # L₁: Table 4's "prediction" or "reconstruction"
-    norm_pixels: bool = True  # §2.5's "normalized pixels": each patch normalised, as in MAE
-    pool: Literal["all", "visible"] = "all"  # tokens whose mean is z1: all, or the visible ones
+    pixels: Literal["masked", "all"] = "masked"  # L₁ counts masked patches or all, Table 4
+    norm_pixels: bool = True  # §2.5's "normalized pixels": normalise each patch, as in MAE
+    pool: Literal["all", "visible"] = "all"  # tokens that are averaged for z1
     target: Literal["momentum", "shared", "separate"] = "momentum"  # how branch 2 gets its weights
-    momentum: float = 0.99  # of --target momentum, rising to 1; MoCo v3's
+    momentum: float = 0.99  # start value for --target momentum, rises to 1; MoCo v3's
     crop_min: float = 0.65  # smallest crop, fraction of the area, §2.1
     crop_max: float = 0.9  # largest crop, fraction of the area, §2.1
     jitter: float = 0.8  # probability of colour jitter in view 2, Table 2
@@ -66,12 +67,12 @@ class Config(RunConfig):
     backbone: Literal["vit", "swin", "hivit"] = "vit"  # encoder, Table 1
     img: int = 224  # side of the views in pixels; ViT's
     patch: int = 16  # side of a patch in pixels, from Table 1's 43.12 M
-    dim: int = 768  # width D of the ViT, Table 1; Swin begins dim/6 wide, HiViT ends 2/3·dim wide
-    depth: int = 6  # blocks of the ViT, Table 1; of Swin's third stage; HiViT's has 4 more
+    dim: int = 768  # ViT's width D, Table 1's 43.12 M; Swin starts at dim/6, HiViT ends at 2·dim/3
+    depth: int = 6  # blocks of the ViT or of Swin's stage 3, Table 1; HiViT's stage 3 has 4 more
     heads: int = 12  # heads K of the ViT; ViT-Base's
-    freeze_patch: bool = True  # the patch embedding keeps its initial weights, §2.3
+    freeze_patch: bool = True  # keep the initial weights of the patch embedding, §2.3
     head: Literal["linear", "mlp", "vit"] = "mlp"  # projection layer T, Table 3
-    hidden: float = 4.0  # hidden width of T's MLP, a multiple of D; a transformer block's
+    hidden: float = 4.0  # hidden width of T's MLP divided by D; a transformer block's
     epochs: float = 100  # passes over the data, §3.2
     batch: int = 16  # images per step and process, §3.2
     lr: float = 1e-3  # base learning rate, for a batch of 256; the paper gives none
@@ -106,9 +107,9 @@ TINY = Config(img=32, patch=4, dim=192, depth=4, heads=3, epochs=8, batch=128, w
               eval_every=1, tiny=True)
 
 
-# The paper, §2. B: images. N: tokens of an image. s: side in pixels of what a token stands for,
-# patch, or 2·patch in Swin. P = 3·s·s: values of a token's pixels. N_b: mask blocks; a block is
-# one token, in HiViT four. H = W = img.
+# The paper, §2. B: images. N: tokens of an image. Each token covers s×s pixels: s is patch, in
+# Swin 2·patch. P = 3·s·s: values of these pixels. N_b: mask blocks of an image. A block covers one
+# token, in HiViT four. H = W = img. Encoders and other parts: end of the file.
 
 def views(images, cfg):
     """Two crops of each image, the second with changed colours. §2.1
@@ -131,14 +132,14 @@ def random_mask(B, N, ratio, device=None):
 
 
 def repeat_blocks(mask, grid):
-    """The mask of blocks (B, N_b) as a mask of grid×grid patches, (B, grid·grid). §2.2"""
+    """Expands a mask of blocks (B, N_b) to grid×grid patches, (B, grid·grid). §2.2"""
     side = math.isqrt(mask.shape[1])
     mask = mask.unflatten(1, (side, side))
     return mask.repeat_interleave(grid // side, 1).repeat_interleave(grid // side, 2).flatten(1)
 
 
 class MCLim(nn.Module):
-    """Both branches, §2: F₁ is `encoder`, the part that is kept, and F₂ is `F2`."""
+    """The two branches of §2. F₁ is `encoder`, which is kept after training. F₂ is `F2`."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -184,8 +185,8 @@ class MCLim(nn.Module):
 
     def forward(self, view1, view2, mask=None):
         """Normalised views (B, 3, H, W) → {"loss": Eq. 10, "reconstruction": Eq. 6, "contrast":
-        Eq. 9 or 7}, without the terms that λ = 0 or --contrast none leaves out. mask (B, N_b):
-        True is masked; None: random."""
+        Eq. 9 or 7}. λ = 0 and --contrast none drop their term. mask (B, N_b): True is masked;
+        None: random."""
         cfg, s = self.cfg, self.encoder.stride
         losses, L1, L2 = {}, 0, 0
         if mask is None:
@@ -214,8 +215,8 @@ class MCLim(nn.Module):
     def reconstruct(self, x):
         """Normalised images (B, 3, H, W) → (masked input, prediction), both normalised images.
 
-        With --norm-pixels each predicted patch gets its true mean and deviation. Visible patches
-        are shown as they are unless the loss counts them.
+        With --norm-pixels each predicted patch gets its true mean and deviation. With --pixels
+        masked the prediction shows visible patches as they are in x.
         """
         s, patches = self.encoder.stride, patchify(x, self.encoder.stride)      # (B, N, P)
         mask = random_mask(len(x), self.N_b, self.cfg.mask, x.device)           # (B, N_b)
@@ -237,11 +238,11 @@ def reconstruction_loss(pred, target, mask):
 
 
 def pair_terms(z1, z2, tau):
-    """For the pairs z1[i], z2[i] (B, D), in float32: <z_i^1, z_i^2>/τ and log U of Eq. 8, both
-    (2B), first for k = 1, then for k = 2."""
+    """Returns <z_i^1, z_i^2>/τ and log U_{i,k} of Eq. 8 for the pairs z1[i], z2[i] (B, P), both
+    float32 (2B): the first B rows are k = 1, the others k = 2."""
     with torch.autocast(z1.device.type, enabled=False):
         B = len(z1)
-        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)                     # (2B, D)
+        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)                     # (2B, P)
         logits = z @ z.mT / tau                                                 # (2B, 2B)
         positive = logits.diagonal(B).repeat(2)                                 # (2B)
         same = torch.eye(B, dtype=torch.bool, device=z.device).repeat(2, 2)     # j = i, both l
@@ -249,13 +250,13 @@ def pair_terms(z1, z2, tau):
 
 
 def info_nce_loss(z1, z2, tau):
-    """InfoNCE of the pairs z1[i], z2[i] (B, D): mean over i and both branches k. Eq. 7"""
+    """InfoNCE of the pairs z1[i], z2[i] (B, P): mean over i and both branches k. Eq. 7"""
     positive, log_U = pair_terms(z1, z2, tau)
     return (torch.logaddexp(positive, log_U) - positive).mean()                 # Eq. 7
 
 
 def dcl_loss(z1, z2, tau):
-    """Decoupled contrastive loss of the pairs z1[i], z2[i] (B, D): mean over i and both branches
+    """Decoupled contrastive loss of the pairs z1[i], z2[i] (B, P): mean over i and both branches
     k. Eq. 9"""
     positive, log_U = pair_terms(z1, z2, tau)
     return (-positive + log_U).mean()                                           # Eq. 9
@@ -322,7 +323,7 @@ def train(cfg):
     return run.finish()
 
 
-# Parts. K heads, each d = D/K wide. h, w, C: a map of tokens and its channels.
+# Parts. K heads, each d = D/K wide. (B, h, w, C): maps of h×w tokens, each C wide.
 
 @torch.no_grad()
 def ema(average, model, m):
@@ -430,12 +431,12 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-# The three encoders of Table 1. MCLim reads `stride`, the side in pixels of what a token stands
-# for; `dim`, the width of a token; `embed_dim`, the embedding width after `patch_embed`, which is
-# mask_token's. mask (B, N_b) is True where mask_token replaces patches.
+# The three encoders of Table 1. MCLim reads their `stride` (an output token covers stride×stride
+# pixels), `dim` (width of an output token) and `embed_dim` (width of a patch embedding and of
+# mask_token). mask_token replaces the patch embeddings where mask (B, N_b) is True.
 
 class Encoder(nn.Module):
-    """A ViT without class token. Its state dict is that of timm's with class_token=False,
+    """A ViT without class token. Its state dict loads into timm's ViT with class_token=False,
     global_pool="avg", fc_norm=False."""
     def __init__(self, img, patch, dim, depth, heads):
         super().__init__()
@@ -466,8 +467,8 @@ class Encoder(nn.Module):
 
 
 class SwinEncoder(nn.Module):
-    """torchvision's Swin [2, 2, depth, 2] with windows of 7. `width` is that of the first stage. It
-    begins with patches of patch/4 pixels; a token at the end stands for 2·patch pixels squared."""
+    """torchvision's Swin [2, 2, depth, 2] with 7×7 windows and a first stage of `width`. It embeds
+    patches of patch/4 pixels. An output token covers 2·patch × 2·patch pixels."""
     def __init__(self, img, patch, width, depth):
         super().__init__()
         swin = SwinTransformer([patch // 4] * 2, width, [2, 2, depth, 2],
@@ -497,7 +498,7 @@ class SwinEncoder(nn.Module):
 
 
 class RelativeAttention(nn.Module):
-    """Attention with a learned bias for each offset between two of grid×grid patches, as Swin's."""
+    """Attention with a learned bias for each relative position of two patches, as in Swin."""
     def __init__(self, dim, heads, grid):
         super().__init__()
         self.heads = heads
@@ -546,7 +547,7 @@ class MlpBlock(nn.Module):
 
 
 class Merge(nn.Module):
-    """Four neighbours become one of twice the width, (B, h, w, C) → (B, h/2, w/2, 2C)."""
+    """Merges 2×2 tokens into one of twice the width, (B, h, w, C) → (B, h/2, w/2, 2C)."""
     def __init__(self, dim):
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim, eps=1e-6)
@@ -558,15 +559,16 @@ class Merge(nn.Module):
 
 
 class HiViTEncoder(nn.Module):
-    """HiViT [2, 2, depth], arXiv 2205.14949: MLPs on patches of patch/4 pixels, merged twice, then
-    a ViT of width dim. A token stands for patch×patch pixels."""
+    """HiViT [2, 2, depth], arXiv 2205.14949. It embeds patches of patch/4 pixels, applies MLPs,
+    merges tokens twice and ends with a ViT of width dim. An output token covers patch×patch
+    pixels."""
     def __init__(self, img, patch, dim, depth):
         super().__init__()
         grid = img // patch
         self.stride, self.dim, self.embed_dim, self.grid = patch, dim, dim // 4, 4 * grid
         self.patch_embed = nn.Conv2d(3, dim // 4, patch // 4, patch // 4)
         self.patch_norm = nn.LayerNorm(dim // 4, eps=1e-6)
-        stage1 = [MlpBlock(dim // 4, 3 * dim // 4) for _ in range(4)]  # two MLPs a block
+        stage1 = [MlpBlock(dim // 4, 3 * dim // 4) for _ in range(4)]  # 2 blocks of 2 MLPs
         stage2 = [MlpBlock(dim // 2, 3 * dim // 2) for _ in range(4)]
         self.stem = nn.Sequential(*stage1, Merge(dim // 4), *stage2, Merge(dim // 2))
         self.pos_embed = nn.Parameter(torch.zeros(1, grid * grid, dim))

@@ -2,12 +2,12 @@
 Representation Learning for Masked Image Modeling", arXiv 2205.10546, 2022. The CMAE of Huang et
 al., arXiv 2207.13532, is another method.
 
-A masked autoencoder whose encoder E has two more tasks. Contrast: a view, whose visible and masked
-patches E encodes separately, is compared with another view, encoded by the moving average M_E.
-Location: the position of each visible token is predicted. E also decides where images are cropped.
+CMAE adds two tasks for the encoder E to a masked autoencoder. Contrast: E encodes one view, visible
+and masked patches separately; its moving average M_E encodes another view; the two are contrasted.
+Location: a head predicts the position of each visible token. E also selects the area for crops.
 
 One training step on B images of N patches, V visible, D the width of a token:
-    I = rectangle around patches with heat map M of E > k     # Eq. 1     (B, 4), from epoch 60 on
+    I = rectangle around patches where E's heat map M > k     # Eq. 1     (B, 4), from epoch 60 on
     x_q, x_k = two crops centred in I, flipped at random      # §3.2      (B, 3, 224, 224)
     q1, q2 = E(visible of x_q), detach(E(masked of x_q))      # §3.3      (B, 1+V, D), (B, 1+N-V, D)
     k1, k2 = M_E(visible of x_k), M_E(masked of x_k)          # §3.3      the same shapes
@@ -19,15 +19,15 @@ One training step on B images of N patches, V visible, D the width of a token:
     step of AdamW on λ_ctr·L_ctr + λ_loc·L_loc + λ_con·L_con  # Eq. 6
     M_E, M_P ← m·(M_E, M_P) + (1 - m)·(E, P)                  # §3.3
 
-The paper leaves open, and may change the result: --location-from, --location-norm, --pool,
---projection, --k, --heat, --img, --decoder. papers/cmae.md has every choice, symbol and misprint.
+The paper leaves these choices open, and they may change the result: --location-from,
+--location-norm, --pool, --projection, --k, --heat, --img, --decoder. papers/cmae.md has all.
 
     python cmae.py --data tiny-imagenet          the paper's run
     python cmae.py --tiny --data shapes          a first look on a laptop
     python eval_linear.py runs/cmae-DATE-TIME    accuracy
 
-Not yet run on a GPU. Expect, with --tiny --images 5000 --epochs 1 on CIFAR-10 (JPEG), see
-RESULTS.md: loss 6.59 at step 0, 4.45 at the end.
+Not yet run on a GPU. Expect loss 6.59 at step 0 and 4.45 at the end of --tiny --images 5000
+--epochs 1 on CIFAR-10 (JPEG, see RESULTS.md).
 """
 import copy
 import math
@@ -57,32 +57,32 @@ class Config(RunConfig):
     lam_ctr: float = 1.0  # λ_ctr, weight of the contrast, §3.6
     lam_loc: float = 1.0  # λ_loc, weight of the location prediction, §3.6
     lam_con: float = 1.0  # λ_con, weight of the reconstruction, §3.6
-    tau: float = 0.07  # τ, temperature of Eq. 3; that of [32], Wu et al.
+    tau: float = 0.07  # τ, temperature of Eq. 3; from [32], Wu et al.
     projection: Literal["linear", "mlp"] = "linear"  # P of §3.3: one layer, or MoCo v2's two
-    pool: Literal["mean", "cls"] = "mean"  # what of h is projected: patch tokens or class token
-    momentum: float = 0.99  # of M_E and M_P, rising to 1 by a half cosine; MoCo v3's
-    location_from: Literal["positions", "content"] = "positions"  # in q1 of Eq. 4, or not
-    location_norm: Literal["norm", "squared"] = "norm"  # Eq. 5: as printed, or its square
-    heat: Literal["attention", "features"] = "attention"  # what the heat map M is made of, §3.2
-    k: float = 0.1  # threshold of M, Eq. 1. Measured: boxes cover 96 % of an image, with 0.7 48 %
-    alpha: float = 0.6  # crop centres follow Beta(α, α) across I; ContrastiveCrop's
-    crop_from: int = 60  # epochs before the first boxes; ContrastiveCrop's fifth of all
-    crop_every: int = 60  # epochs between computations of the boxes; the same fifth
+    pool: Literal["mean", "cls"] = "mean"  # P's input: mean of h's patch tokens or class token
+    momentum: float = 0.99  # start value for M_E and M_P, rises to 1; MoCo v3's
+    location_from: Literal["positions", "content"] = "positions"  # q1 with positions or without
+    location_norm: Literal["norm", "squared"] = "norm"  # Eq. 5 as printed or squared
+    heat: Literal["attention", "features"] = "attention"  # source of the heat map M, §3.2
+    k: float = 0.1  # threshold of M, Eq. 1. Measured: boxes cover 96 % of an image, 48 % at 0.7
+    alpha: float = 0.6  # crop centres follow Beta(α, α) in I; ContrastiveCrop's
+    crop_from: int = 60  # first epoch with boxes; ContrastiveCrop's, a fifth of all
+    crop_every: int = 60  # epochs between updates of the boxes; also a fifth
     crop_min: float = 0.2  # smallest crop, fraction of the area; MAE's
-    img: int = 224  # side of the views in pixels; inferred: MAE's, the images have 64, §4.1
-    patch: int = 16  # side of a patch in pixels; inferred: MAE's
+    img: int = 224  # side of the views in pixels; MAE's, inferred: §4.1's images have 64
+    patch: int = 16  # side of a patch in pixels; MAE's, inferred
     dim: int = 768  # width D of ViT-Base, §4.2
     depth: int = 12  # blocks of ViT-Base, §4.2
     heads: int = 12  # heads K of ViT-Base, §4.2
-    decoder: DECODERS = "transformer"  # kind of its blocks, §3.5
+    decoder: DECODERS = "transformer"  # kind of decoder blocks, §3.5
     decoder_depth: int = 8  # blocks of the decoder; MAE's
     decoder_dim: int = 512  # width of the decoder: 512, 256, 128 or 64 in §3.5
     decoder_heads: int = 16  # heads of the decoder; MAE's
     epochs: float = 300  # passes over the data, §4.2
     batch: int = 64  # images per step and process, §4.2
-    lr: float = 1e-3  # base learning rate, §4.2; inferred: of a batch of 256
+    lr: float = 1e-3  # base learning rate, §4.2; for a batch of 256, inferred
     wd: float = 0.05  # weight decay, §4.2
-    warmup: float = 40.0  # epochs of linear warm-up; inferred: MAE's
+    warmup: float = 40.0  # epochs of linear warm-up; MAE's, inferred
 
     def __post_init__(self):
         super().__post_init__()
@@ -113,8 +113,8 @@ TINY = Config(k=0.5, crop_from=1, crop_every=2, img=32, patch=4, dim=192, depth=
               eval_every=1, tiny=True)
 
 
-# The paper, §3. B: images. N = n·n: patches of an image. V: visible ones. P, in shapes: values of
-# a patch. H = W = img. Encoder, Decoder and other parts: end of the file.
+# The paper, §3. B: images. N = n·n: patches of an image. V: visible ones. P is the projection, but
+# in shapes the values of a patch. H = W = img. Encoder, Decoder and other parts: end of the file.
 
 def views(images, cfg, boxes=None):
     """Two crops of each image, each flipped with probability 1/2. §3.2
@@ -131,10 +131,10 @@ def views(images, cfg, boxes=None):
 
 
 def contrastive_crop(images, size, scale, boxes, alpha):
-    """R_crop(s, r, I) of Eq. 1: random crops (B, 3, size, size) with centres in the boxes I
-    (B, 4), moved where they do not fit into the image."""
+    """Random crops (B, 3, size, size) with centres in the boxes I (B, 4), moved into the image
+    where they do not fit: R_crop(s, r, I) of Eq. 1."""
     H, W = getattr(images, "pixels", images).shape[2:]
-    _, _, height, width = crop_boxes(images, scale)  # by s and r
+    _, _, height, width = crop_boxes(images, scale)  # from s and r
     I_top, I_left, I_bottom, I_right = boxes.unbind(1)  # (B,) each
     down, across = torch.distributions.Beta(alpha, alpha).sample((2, len(images)))
     top = crop_start(I_top, I_bottom, height / H, down) * H
@@ -143,15 +143,15 @@ def contrastive_crop(images, size, scale, boxes, alpha):
 
 
 def crop_start(low, high, length, t):
-    """Starts of crops of a length: with t = 0 centred at `low`, with t = 1 at `high`, both moved
-    into the image. All are fractions of the side, (B,)."""
+    """Returns where crops of `length` start: centred at `low` if t = 0, at `high` if t = 1, both
+    moved into the image, interpolated in between. All (B,), fractions of the side."""
     first, last = ((x - length / 2).clamp(min=0).minimum(1 - length) for x in (low, high))
     return torch.lerp(first, last, t)
 
 
 def semantic_boxes(heat, k):
-    """I = F(1[M > k]) of Eq. 1: the rectangle around the patches of the heat map M (B, n, n) that
-    are above k, or all if none is. (B, 4): top, left, bottom, right, fractions of the side."""
+    """Rectangles around the patches where the heat map M (B, n, n) is above k; the whole image if
+    none is. (B, 4): top, left, bottom, right, fractions of the side. I = F(1[M > k]) of Eq. 1"""
     hot, n = heat > k, heat.shape[1]  # 1[M > k]
     rows, columns = hot.any(2).int(), hot.any(1).int()  # (B, n)
     top, left = rows.argmax(1), columns.argmax(1)  # the first
@@ -192,11 +192,11 @@ def take(x, ids):
 
 
 def restore(q1, q2, order):
-    """Tokens of the visible and the masked patches, (B, 1 + V, D) and (B, 1 + N - V, D), of which
-    order (B, N) holds the ids → (B, 1 + N, D), first the mean of both class tokens. Eq. 2"""
+    """Merges the tokens q1 (B, 1 + V, D) and q2 (B, 1 + N - V, D) in image order, (B, 1 + N, D),
+    and averages their class tokens. order (B, N): patch ids of q1, then of q2. Eq. 2"""
     x = torch.cat([q1[:, 1:], q2[:, 1:]], 1)  # concat, (B, N, D)
-    # No effect if h is pooled, as here (--pool). It matters if P reads the flattened h, or if
-    # Eq. 3 contrasts token by token.
+    # Both values of --pool ignore the order. It would matter if P read the flattened h or if
+    # Eq. 3 contrasted single tokens.
     x = x.take_along_dim(order.argsort(1)[..., None], 1)  # restore
     return torch.cat([(q1[:, :1] + q2[:, :1]) / 2, x], 1)
 
@@ -214,7 +214,7 @@ class CMAE(nn.Module):
         self.M_E = copy.deepcopy(self.encoder).requires_grad_(False)  # §3.3
         self.M_P = copy.deepcopy(self.projection).requires_grad_(False)
         self.location = mlp(D, D, self.N).apply(init_weights)  # §3.4
-        nn.init.zeros_(self.location.fc2.weight)  # else its gradient is the largest by far
+        nn.init.zeros_(self.location.fc2.weight)  # else its gradient dominates E's
         width = cfg.decoder_dim
         blocks = decoder_blocks(cfg.decoder, cfg.decoder_depth, width, cfg.decoder_heads, self.grid)
         self.decoder = Decoder(cfg.img, cfg.patch, D, width, blocks)  # §3.5
@@ -224,7 +224,7 @@ class CMAE(nn.Module):
 
     def forward(self, view1, view2, mask_q=None, mask_k=None):
         """Normalised views (B, 3, H, W) → {"loss": Eq. 6, "contrast": Eq. 3, "location": Eq. 5,
-        "reconstruction"}; no term whose weight is 0. Masks (B, N): True is masked; None: random."""
+        "reconstruction"}, without terms of weight 0. Masks (B, N): True is masked; None: random."""
         cfg, V, x_q, x_k = self.cfg, self.V, view1, view2
         L_ctr, L_loc, L_con, losses = 0, 0, 0, {}
         if mask_q is None:
@@ -249,7 +249,7 @@ class CMAE(nn.Module):
             tokens = q1
             if cfg.location_from == "content":
                 tokens = self.encoder(x_q, visible_ids, add_positions=False)
-            with torch.autocast(x_q.device.type, enabled=False):  # bfloat16 would round p near t
+            with torch.autocast(x_q.device.type, enabled=False):  # bfloat16 is too coarse for p - t
                 p = self.location(tokens[:, 1:].float())                        # Eq. 4, (B, V, N)
             L_loc = losses["location"] = location_loss(p, visible_ids, cfg.location_norm)  # Eq. 5
 
@@ -274,7 +274,7 @@ class CMAE(nn.Module):
     @torch.no_grad()
     def reconstruct(self, x):
         """Normalised images (B, 3, H, W) → (masked input, prediction), both normalised images.
-        Visible patches are shown as they are."""
+        The prediction shows visible patches as they are in x."""
         p, patches = self.cfg.patch, patchify(x, self.cfg.patch)  # (B, N, P)
         mask = random_mask(len(x), self.N, self.cfg.mask, x.device)
         visible_ids = visible_first(mask)[:, :self.V]
@@ -295,7 +295,7 @@ def info_nce_loss(q, k, tau):
 
 
 def location_loss(p, positions, norm="norm"):
-    """Mean distance of predictions p (B, V, N) from the true positions (B, V), one-hot. Eq. 5"""
+    """Mean distance of predictions p (B, V, N) from the one-hot true positions (B, V). Eq. 5"""
     t = F.one_hot(positions, p.shape[2])  # (B, V, N)
     distance = (p.float() - t).norm(dim=2)  # Eq. 5, (B, V)
     return (distance.square() if norm == "squared" else distance).mean()
@@ -503,8 +503,8 @@ class Encoder(nn.Module):
         return x
 
     def forward(self, x, ids=None, add_positions=True):
-        """Images (B, 3, H, W) → (B, 1 + V, D), class token first, of the patches ids (B, V); None:
-        all N."""
+        """Images (B, 3, H, W) → tokens (B, 1 + V, D) of the patches ids (B, V), class token first.
+        ids None: all N."""
         return self.norm(self.blocks[-1](self.last_block_input(x, ids, add_positions)))
 
     def vector(self, z):
@@ -536,7 +536,7 @@ class MlpBlock(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """A 3×3 convolution of each channel, then a layer across channels; not of the class token."""
+    """A depthwise 3×3 convolution and a linear layer. The class token stays as it is."""
     def __init__(self, dim, grid):
         super().__init__()
         self.grid = grid
@@ -554,7 +554,7 @@ class ConvBlock(nn.Module):
 
 
 def decoder_blocks(kind, depth, width, heads, grid):
-    """Blocks of the decoders of §3.5. A hybrid replaces the middle block of a transformer."""
+    """The blocks of a decoder of §3.5. A hybrid replaces the middle block of a transformer."""
     make = {"transformer": lambda: Block(width, heads), "mlp": lambda: MlpBlock(width, 4 * width),
             "conv": lambda: ConvBlock(width, grid)}
     middle, rest = kind.removeprefix("hybrid-"), "transformer" if "hybrid" in kind else kind

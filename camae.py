@@ -26,7 +26,7 @@ all of p. Others: --predictor, --momentum, --freeze-patch, --norm-pixels, --lr. 
     python camae.py --tiny --data shapes                           a first look on a laptop
     python eval_linear.py runs/camae-DATE-TIME                     accuracy
 Not yet run on a GPU. With --tiny --images 2500 --epochs 1 --no-amp on CIFAR-10 (JPEG), see
-RESULTS.md, and one thread, the loss is 7.160 at the first step and 5.298 at the last.
+RESULTS.md, and one thread: loss 7.160 at the first step, 5.298 at the last.
 """
 import copy
 import math
@@ -82,7 +82,7 @@ class Config(RunConfig):
     lr: float = 1.5e-4  # base learning rate, for a batch of 256; MAE's and MoCo v3's
     wd: float = 0.05  # weight decay; MAE's
     warmup: float = 40.0  # epochs of linear warm-up; MAE's and MoCo v3's
-    recompute: bool = False  # recompute the encoder in the backward pass: less memory
+    recompute: bool = False  # recompute the encoder in backward: less memory
 
     def __post_init__(self):
         super().__post_init__()

@@ -194,7 +194,7 @@ class CAMAE(nn.Module):
                 h2_xi = self.momentum_encoder.features(view2)
                 z1_xi = self.momentum_projector(gather(h1_xi))                # z'_i, (world·B, 256)
                 z2_xi = self.momentum_projector(gather(h2_xi))
-            losses["contrast"] = (info_nce_loss(z1, z2_xi, cfg.tau)           # Eq. 1, both ways
+            losses["contrast"] = (info_nce_loss(z1, z2_xi, cfg.tau)           # Eq. 1, symmetric
                                   + info_nce_loss(z2, z1_xi, cfg.tau)) / 2
         if cfg.mim:
             if mask is None:
@@ -206,9 +206,9 @@ class CAMAE(nn.Module):
 
     @torch.no_grad()
     def draw_mask(self, x, m=None, last_block_input=None):
-        """Masks images (B, 3, H, W) as --mask-by says → bool (B, N). m (1,): head whose attention
-        to the unmasked images decides; None: random. last_block_input (B, 1 + N, D): that of x, if
-        already computed."""
+        """Draws masks, bool (B, N), for images (B, 3, H, W), see --mask-by. m (1,): head whose
+        attention to the unmasked images is used; None: random. last_block_input (B, 1 + N, D):
+        that of x, if already computed."""
         cfg = self.cfg
         if cfg.mask_by == "random":
             return random_mask(len(x), self.N, cfg.mask, x.device)
@@ -253,7 +253,7 @@ class PLB(nn.Module):
 
     def draw(self, seed, step):
         """Draws the head m of a step, int64 (1,), the same in all processes. Eq. 5"""
-        # as in seed_step, with a rank that never exists
+        # seed_step's seed, for a rank that never exists
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + 1_008)
         u = torch.rand(1, generator=generator).to(self.p.device, non_blocking=True)
         m = torch.searchsorted(self.p.cumsum(0), u, right=True)   # multinomial would block on CUDA

@@ -195,7 +195,7 @@ def train(cfg):
 
     torch.manual_seed(cfg.seed)
     model = Classifier(pretrained.encoder, len(images.classes), cfg.drop_path).to(device)
-    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    net = DistributedDataParallel(model) if world > 1 else model
     optimizer = torch.optim.AdamW(layer_groups(model, cfg.wd, cfg.layer_decay), fused=True)
 
     run = Run(__file__, cfg, batches, steps, model=model, optimizer=optimizer)

@@ -291,7 +291,7 @@ def train(cfg):
         load_encoder(model.encoder, cfg.init)
         if cfg.contrast != "none":
             load_encoder(model.F2, cfg.init)
-    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    net = DistributedDataParallel(model) if world > 1 else model
     net = torch.compile(net, options={"fallback_random": True}) if cfg.compile else net
     optimizer = torch.optim.AdamW(param_groups(model, cfg.wd), fused=True)
 
@@ -315,10 +315,10 @@ def train(cfg):
         run.log(step, losses)
         if run.epoch_done(step):                                  # or the last step, or Ctrl-C
             run.save(step)
-            if run.interrupted:
-                break
             run.evaluate(train_set, test_set)                     # kNN, effective rank
             run.draw(test_set or train_set)                       # curves, reconstruction
+        if run.interrupted:
+            break
     return run.finish()
 
 

@@ -1,32 +1,32 @@
 """CAMAE with IDM and PLB: He Zhu, Yang Chen, Guyue Hu and Shan Yu, "Information-density Masking
 Strategy for Masked Image Modeling".
 
-An encoder is contrasted with its momentum average, and it reconstructs the first view from a
-quarter of the patches. The patches with the most attention in one head of its last block are masked
-(IDM). Heads with a high reconstruction loss are drawn more often (PLB).
+A contrastive loss compares an encoder with its momentum average. The same encoder reconstructs the
+first view from a quarter of its patches. IDM masks the patches with the most attention in one head
+of the last block. PLB draws heads with a high reconstruction loss more often.
 
 One training step on B images of N patches with P values each, and K heads (the paper's M):
     view1, view2 = augment(images), augment(images)           # §III-A    (B, 3, 224, 224)
     z1, z2 = g(f(view1)), g(f(view2))                         # §III-A    (B, 256)
     z1', z2' = g_ξ(f_ξ(view1)), g_ξ(f_ξ(view2))               # §III-A    (B, 256), no gradient
-    L_c = (InfoNCE(z1, z2') + InfoNCE(z2, z1')) / 2           # Eq. 1     both ways, as MoCo v3
+    L_c = (InfoNCE(z1, z2') + InfoNCE(z2, z1')) / 2           # Eq. 1     both directions
     m = one of K heads, drawn with probabilities p            # Eq. 5     a scalar
     mask = the 75 % of patches with most attention in head m  # Eq. 3     (B, N)
-    L^m = MSE(q(f(visible patches)), view1), masked patches   # Eq. 2     a scalar
+    L^m = MSE(q(f(visible patches)), masked patches)          # Eq. 2     of view1
     step of AdamW on L_c + L^m                                # Eq. 6     for f, g and q
     f_ξ, g_ξ ← μ·(f_ξ, g_ξ) + (1 - μ)·(f, g)                  # Figure 1  μ: --momentum
-    after an epoch: p ← 0.01·p + 0.99·softmax(L^m / 0.2)      # Eq. 4     (K,)
+    after an epoch: p ← 0.01·p + 0.99·softmax(ℓ / 0.2)        # Eq. 4     ℓ: mean L^m by head
 
-The paper leaves open, and may change the result: the scale of L^m in Eq. 4 (--plb-loss). The text
-calls it a mean; then p is nearly even (2.6 to 3.0 of 3 heads in small runs), which Table II and
-§IV-C speak against. Eq. 2 is a sum; then one head gets nearly all of p. Also --predictor,
---momentum, --freeze-patch, --norm-pixels, --lr. papers/camae.md has every choice and misprint.
+The paper leaves some choices open that may change the result. --plb-loss is the scale of L^m in
+Eq. 4. The text calls L^m a mean, which leaves p nearly uniform (perplexity 2.6 to 3.0 of 3 heads in
+small runs), but Table II and §IV-C suggest an uneven p. Eq. 2 is a sum, which gives one head nearly
+all of p. Others: --predictor, --momentum, --freeze-patch, --norm-pixels, --lr. See papers/camae.md.
 
     torchrun --nproc-per-node 8 camae.py --data PATH --recompute   the paper's run on ImageNet
     python camae.py --tiny --data shapes                           a first look on a laptop
     python eval_linear.py runs/camae-DATE-TIME                     accuracy
-Not yet run on a GPU. Expect, with --tiny --images 2500 --epochs 1 on CIFAR-10 (JPEG), which
-RESULTS.md explains: loss 7.160 at the first step, 5.298 at the last (one thread, --no-amp).
+Not yet run on a GPU. With --tiny --images 2500 --epochs 1 --no-amp on CIFAR-10 (JPEG), see
+RESULTS.md, and one thread: loss 7.160 at the first step, 5.298 at the last.
 """
 import copy
 import math
@@ -51,20 +51,20 @@ from common import (Batches, Run, RunConfig, autocast, load_data, load_encoder, 
 @dataclass
 class Config(RunConfig):
     """Hyper-parameters of the paper. Each is a command-line flag."""
-    mask: float = 0.75  # fraction of the patches that is masked, §III-C
-    mask_by: Literal["random", "idm", "plb"] = "plb"  # Table II; idm: heads drawn evenly
-    contrast: bool = True  # Eq. 1; --no-contrast is Table I's MAE with --mask-by random or idm
-    mim: bool = True  # Eq. 2; --no-mim is contrast alone, as in Tables III to V
+    mask: float = 0.75  # fraction of patches masked, §III-C
+    mask_by: Literal["random", "idm", "plb"] = "plb"  # Table II; idm draws heads uniformly
+    contrast: bool = True  # Eq. 1; Table I's MAE: --no-contrast --mask-by random or idm
+    mim: bool = True  # Eq. 2; --no-mim: contrastive loss only, MoCo v3 in Tables III to V
     tau: float = 0.2  # τ, temperature, §IV-A
     lam: float = 0.99  # λ, weight of the new estimate of p, Eq. 4
     eps: float = 0.2  # ε, temperature of the heads' losses, Eq. 4
-    plb_loss: Literal["mean", "sum"] = "mean"  # L^m in Eq. 4: over the masked pixels of an image
-    momentum: float = 0.99  # of f_ξ and g_ξ, rising to 1; [10]'s (MoCo v3), [7]'s (DINO) is 0.996
+    plb_loss: Literal["mean", "sum"] = "mean"  # reduction of L^m in Eq. 4 over masked pixels
+    momentum: float = 0.99  # μ of f_ξ, g_ξ, rises to 1; MoCo v3's [10]; DINO [7] has 0.996
     crop_min: float = 0.08  # smallest crop, fraction of the area; MoCo v3's
     jitter: float = 0.8  # probability of colour jitter; MoCo v3's
     gray: float = 0.2  # probability of greyscale; MoCo v3's
     blur: float = 0.5  # probability of blur in each view; SimCLR's
-    norm_pixels: bool = False  # target of Eq. 2: each patch normalised, as in MAE's paper
+    norm_pixels: bool = False  # normalise each target patch of Eq. 2, MAE's variant
     img: int = 224  # side of the views in pixels, §IV-A
     patch: int = 16  # side of a patch in pixels, §IV-A
     dim: int = 768  # width D, §IV-A
@@ -82,7 +82,7 @@ class Config(RunConfig):
     lr: float = 1.5e-4  # base learning rate, for a batch of 256; MAE's and MoCo v3's
     wd: float = 0.05  # weight decay; MAE's
     warmup: float = 40.0  # epochs of linear warm-up; MAE's and MoCo v3's
-    recompute: bool = False  # activations of the encoder are recomputed in backward: less memory
+    recompute: bool = False  # recompute the encoder in backward: less memory
 
     def __post_init__(self):
         super().__post_init__()
@@ -111,15 +111,15 @@ TINY = Config(crop_min=0.2, blur=0.0, img=32, patch=4, dim=192, depth=4, heads=3
               lr=1e-3, warmup=1.0, eval_every=1, tiny=True)
 
 
-# The paper, §III. B: images. N: patches of an image. V: visible patches. P = 3·p·p: values of a
-# patch of p×p pixels. K: heads (the paper's M). H = W = img. Encoder, Decoder and other parts stand
-# at the end of the file, where B is any number of rows.
+# The paper, §III. B: images. N: patches of an image. V: visible patches. P = 3·patch²: values of a
+# patch. K: heads (the paper's M). H = W = img. Encoder, Decoder and other parts are at the end of
+# the file. In small functions B is any number of rows.
 
 def views(images, cfg):
     """Two augmented views x_i and x'_i of each image. §III-A
 
     images: uint8 (B, 3, S, S) or a batch of Batches. Returns view1 and view2, normalised,
-    (B, 3, img, img): the same one twice with --no-contrast.
+    (B, 3, img, img). With --no-contrast view2 is view1.
     """
     def augment():
         x = random_resized_crop(images, cfg.img, (cfg.crop_min, 1.0))
@@ -139,7 +139,7 @@ def random_mask(B, N, ratio, device=None):
 def idm_mask(attention, ratio):
     """Masks the patches with the most attention: (B, N) → bool (B, N), round(ratio·N) of them in
     each row. Eq. 3"""
-    rank = attention.argsort(1, descending=True).argsort(1)                     # 0: the most
+    rank = attention.argsort(1, descending=True).argsort(1)                     # 0: most attention
     return rank < round(ratio * attention.shape[1])
 
 
@@ -154,8 +154,8 @@ def take(x, ids):
 
 
 class CAMAE(nn.Module):
-    """Contrast and reconstruction with one encoder, §III and Figure 1. What --no-contrast or
-    --no-mim leaves out is built and frozen."""
+    """Contrastive learning and reconstruction with one encoder, §III and Figure 1. Parts that
+    --no-contrast or --no-mim disables are frozen."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -167,7 +167,7 @@ class CAMAE(nn.Module):
         blocks = [Block(cfg.decoder_dim, cfg.decoder_heads) for _ in range(cfg.decoder_depth)]
         self.decoder = Decoder(cfg.img, cfg.patch, cfg.dim, cfg.decoder_dim, blocks)  # q_θ
         self.decoder.requires_grad_(cfg.mim)
-        self.projector = moco_mlp(cfg.dim, cfg.hidden, cfg.hidden, cfg.out_dim)       # g_θ
+        self.projector = moco_mlp(cfg.dim, cfg.hidden, cfg.hidden, cfg.out_dim)       # g_θ, §IV-A
         self.projector.requires_grad_(cfg.contrast)
         self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)     # f_ξ
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)  # g_ξ
@@ -178,15 +178,15 @@ class CAMAE(nn.Module):
 
     def forward(self, view1, view2, m=None, mask=None):
         """Normalised views (B, 3, H, W) → {"loss": Eq. 6, "contrast": Eq. 1, "reconstruction":
-        Eq. 2}, without what --no-contrast or --no-mim leaves out.
+        Eq. 2}. --no-contrast and --no-mim remove a term.
 
-        m (1,): the head that masks; None: any. mask (B, N): True is masked; None: Eq. 3.
+        m (1,): head of Eq. 3; None: random. mask (B, N): True is masked; None: set by --mask-by.
         """
         cfg, losses, last_block_input = self.cfg, {}, None
         if cfg.contrast:
             tokens1, last_block_input = self.encoder(view1, return_last_block_input=True)
             h1, h2 = self.encoder.vector(tokens1), self.encoder.features(view2)   # h_i, (B, D)
-            # Rows are gathered before the projector, in place of synchronised BatchNorm.
+            # Gathering before the projector replaces synchronised BatchNorm.
             z1, z2 = self.projector(gather(h1)), self.projector(gather(h2))   # z_i, (world·B, 256)
             z1, z2 = self.predictor(z1), self.predictor(z2)                   # no-op by default
             with torch.no_grad():                                             # sg of Figure 1
@@ -194,7 +194,7 @@ class CAMAE(nn.Module):
                 h2_xi = self.momentum_encoder.features(view2)
                 z1_xi = self.momentum_projector(gather(h1_xi))                # z'_i, (world·B, 256)
                 z2_xi = self.momentum_projector(gather(h2_xi))
-            losses["contrast"] = (info_nce_loss(z1, z2_xi, cfg.tau)           # Eq. 1, both ways
+            losses["contrast"] = (info_nce_loss(z1, z2_xi, cfg.tau)           # Eq. 1, symmetric
                                   + info_nce_loss(z2, z1_xi, cfg.tau)) / 2
         if cfg.mim:
             if mask is None:
@@ -206,9 +206,9 @@ class CAMAE(nn.Module):
 
     @torch.no_grad()
     def draw_mask(self, x, m=None, last_block_input=None):
-        """The mask of images (B, 3, H, W), bool (B, N): random, or by the attention of the
-        unmasked images in head m (1,); None: any head. last_block_input (B, 1 + N, D) of `x`
-        saves computing it again."""
+        """Draws masks, bool (B, N), for images (B, 3, H, W), see --mask-by. m (1,): head whose
+        attention to the unmasked images is used; None: random. last_block_input (B, 1 + N, D):
+        that of x, if already computed."""
         cfg = self.cfg
         if cfg.mask_by == "random":
             return random_mask(len(x), self.N, cfg.mask, x.device)
@@ -216,7 +216,7 @@ class CAMAE(nn.Module):
             m = torch.randint(cfg.heads, (1,), device=x.device)
         if last_block_input is None:
             last_block_input = self.encoder(x, return_last_block_input=True)[1]
-        attention = class_attention(self.encoder.blocks[-1], last_block_input)    # (B, K, N)
+        attention = class_attention(self.encoder.blocks[-1], last_block_input)    # atten, (B, K, N)
         return idm_mask(attention.index_select(1, m)[:, 0], cfg.mask)             # Eq. 3
 
     def decode(self, x, mask):
@@ -248,15 +248,16 @@ class PLB(nn.Module):
         super().__init__()
         self.register_buffer("p", torch.full((heads,), 1 / heads))        # p^m, equal at first
         self.register_buffer("losses", torch.full((heads,), torch.nan))   # L^m; nan: never drawn
-        self.register_buffer("sums", torch.zeros(heads))                  # of an epoch's losses
-        self.register_buffer("counts", torch.zeros(heads))                # of an epoch's draws
+        self.register_buffer("sums", torch.zeros(heads))                  # of L^m in this epoch
+        self.register_buffer("counts", torch.zeros(heads))                # draws in this epoch
 
     def draw(self, seed, step):
-        """The head m of a step, int64 (1,), the same in all processes. Eq. 5"""
+        """Draws the head m of a step, int64 (1,), the same in all processes. Eq. 5"""
+        # seed_step's seed, for a rank that never exists
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + 1_008)
         u = torch.rand(1, generator=generator).to(self.p.device, non_blocking=True)
-        m = torch.searchsorted(self.p.cumsum(0), u, right=True)   # multinomial waits for a GPU
-        return m.clamp(max=len(self.p) - 1)                       # the last sum may be below 1
+        m = torch.searchsorted(self.p.cumsum(0), u, right=True)   # multinomial would block on CUDA
+        return m.clamp(max=len(self.p) - 1)                       # the sum may round below 1
 
     def note(self, m, loss):
         """Adds the loss of a step to the sum of its head m (1,)."""
@@ -271,25 +272,25 @@ class PLB(nn.Module):
         self.counts.zero_()
 
     def update(self, lam, eps):
-        """Eq. 4. A head that was never drawn counts with the mean loss of the others."""
+        """Updates p by Eq. 4. A head that was never drawn gets the mean loss of the others."""
         losses = torch.where(self.losses.isnan(), self.losses.nanmean(), self.losses)
         self.p.copy_(plb_update(self.p, losses, lam, eps))
 
     def row(self):
-        """Columns of metrics.csv: loss and probability of each head, perplexity of p (1: one head
-        is always drawn, K: all equally often)."""
+        """Columns of metrics.csv: loss and probability of each head, perplexity of p, from 1 (one
+        head) to K (uniform)."""
         row = {f"loss of head {m}": loss for m, loss in enumerate(self.losses.tolist(), 1)}
         row |= {f"p of head {m}": p for m, p in enumerate(self.p.tolist(), 1)}
         return row | {"perplexity of p": torch.special.entr(self.p).sum().exp().item()}
 
 
 def plb_update(p, losses, lam, eps):
-    """Probabilities p (K,) of the heads after an epoch with their mean losses (K,). Eq. 4"""
+    """Updated probabilities (K,), from p and the mean losses of an epoch, (K,) each. Eq. 4"""
     return (1 - lam) * p + lam * (losses / eps).softmax(0)
 
 
 def plb_scale(cfg):
-    """The L^m of Eq. 4 is masked_mse times this factor: 1 for the mean, for the sum the number of
+    """Factor from masked_mse to L^m in Eq. 4: 1 with --plb-loss mean; with sum the number of
     masked pixel values of an image."""
     masked = round(cfg.mask * (cfg.img // cfg.patch) ** 2)                        # patches
     return 1 if cfg.plb_loss == "mean" else masked * 3 * cfg.patch ** 2
@@ -511,9 +512,9 @@ class Encoder(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
 
     def forward(self, x, visible_ids=None, return_last_block_input=False):
-        """Images (B, 3, H, W) → (B, 1 + V, D), class token first, and the input of the last block
-        if asked for, of the same shape. visible_ids (B, V): the patches that are encoded; None:
-        all N."""
+        """Images (B, 3, H, W) → (B, 1 + V, D), class token first. visible_ids (B, V): the patches
+        that are encoded; None: all N. return_last_block_input: also return the last block's input,
+        of the same shape."""
         x = self.patch_embed(x).flatten(2).mT + self.pos_embed[:, 1:]           # (B, N, D)
         x = x if visible_ids is None else take(x, visible_ids)                  # (B, V, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)            # (B, 1 + V, D)

@@ -2,31 +2,31 @@
 Palaniswami, "Masked Contrastive Representation Learning", arXiv 2211.06012, 2022.
 
 Two views of an image go through a siamese network with an encoder and a decoder in each branch.
-Branch s has the higher mask ratio and the stronger augmentation, branch w the weaker corruptions.
-The encoder's features of both branches are contrasted, and both decoders reconstruct.
+Branch s has a higher mask ratio and stronger augmentation. Branch w has weaker corruptions. A
+contrastive loss compares the encoder's features of the two branches, and both decoders reconstruct.
 
-One training step on B images of N patches, V visible, D the width of a token, P values a patch:
-    c_s, c_w = two crops, those of s smaller      # "stronger data augmentation"     (B, 3, 32, 32)
-    x_s, x_w = colours changed, more often in s   # the same; all four normalised    (B, 3, 32, 32)
-    z_s = f(25 % of the patches of x_s)           # "higher mask ratio"              (B, 1 + V, D)
-    z_w = f(50 % of the patches of x_w)           # "weaker data corruptions"        (B, 1 + V, D)
+One training step on B images of N patches (V_s or V_w visible, P values each). D: token width.
+    c_s, c_w = two crops, often smaller in s      # "stronger data augmentation"     (B, 3, 32, 32)
+    x_s, x_w = jitter(c_s), jitter(c_w)           # of colours, more often in s      (B, 3, 32, 32)
+    z_s = f(25 % of the patches of x_s)           # "higher mask ratio"              (B, 1 + V_s, D)
+    z_w = f(50 % of the patches of x_w)           # "weaker data corruptions"        (B, 1 + V_w, D)
     q, k = g(mean of z_s), g(mean of z_w)         # "features from the encoder"      (B, 128)
     L_c = InfoNCE(q, k)                           # "contrastive learning objective" a scalar
     y_s, y_w = d_s(z_s), d_w(z_w)                 # "the decoders' outputs"          (B, N, P)
-    L_s, L_w = L1(y, c), masked patches only      # "L_1 reconstruction loss"        two scalars
+    L_s, L_w = L1 of y and c, masked patches only # "L_1 reconstruction loss"        two scalars
     step of AdamW on λ_c·L_c + λ_r·(L_s + L_w)/2
 
-The abstract has no formula and no number. These choices are ours and may change the result: how
+The abstract gives no formula and no number. These choices are ours and may change the result: how
 keys and negatives are made, mask ratios, augmentations, targets, the projector g, weights, sizes.
-A third party's summary names a projector and a memory bank: --keys momentum --bank 4096.
-papers/macrl.md has every choice.
+A third party's summary names a projector and a memory bank; --keys momentum --bank 4096 adds a
+bank. papers/macrl.md lists every choice.
 
     python macrl.py                              our defaults, on CIFAR-10
     python macrl.py --tiny --data shapes         a first look on a laptop
     python eval_linear.py runs/macrl-DATE-TIME   accuracy; eval_finetune.py: fine-tuned
 
-Not yet run on a GPU. Expect, with --tiny --images 5000 --epochs 1 on CIFAR-10 (JPEG), whose command
-is in papers/macrl.md: loss 5.757 in step 0, mean loss 4.484 in steps 20 to 38, the last.
+Not yet run on a GPU. With --tiny --images 5000 --epochs 1 on CIFAR-10 (JPEG) the loss is 5.757 in
+step 0 and 4.484 on average in the last 19 steps; papers/macrl.md has the command.
 """
 import copy
 import math
@@ -49,18 +49,19 @@ from common import (Batches, Run, RunConfig, autocast, load_data, load_encoder, 
 
 @dataclass
 class Config(RunConfig):
-    """Hyper-parameters, each a command-line flag. The abstract gives none; "ours": chosen here."""
+    """Hyper-parameters. Each is a command-line flag. The abstract gives none; "ours" marks our
+    own choices."""
     mask: float = 0.75  # fraction of the patches masked in branch s; MAE's
     mask_w: float = 0.5  # fraction of the patches masked in branch w, at most --mask; ours
-    lam_c: float = 1.0  # λ_c, weight of the contrastive loss, 0 leaves it out; ours
-    lam_r: float = 1.0  # λ_r, weight of the reconstruction loss, 0 leaves it out; ours
+    lam_c: float = 1.0  # λ_c, weight of the contrastive loss, 0 turns it off; ours
+    lam_r: float = 1.0  # λ_r, weight of the reconstruction loss, 0 turns it off; ours
     tau: float = 0.2  # τ, temperature; MoCo v2's
-    keys: Literal["shared", "momentum"] = "shared"  # made by f and g, or by their momentum averages
-    momentum: float = 0.99  # of the averages, rising to 1; MoCo v3's
-    bank: int = 0  # number of keys of earlier steps that are further negatives
-    pool: Literal["mean", "cls"] = "mean"  # features: mean of patch tokens, class token; ours
-    restore: Literal["clean", "view"] = "clean"  # target: clean crop, augmented view; ours
-    pixels: Literal["masked", "all"] = "masked"  # patches that the L1 loss counts; masked as in MAE
+    keys: Literal["shared", "momentum"] = "shared"  # from f and g, or their averages
+    momentum: float = 0.99  # momentum of the averages f_ξ and g_ξ, rises to 1; MoCo v3's
+    bank: int = 0  # M, number of keys of earlier steps used as extra negatives
+    pool: Literal["mean", "cls"] = "mean"  # features: mean of patch tokens, or class token; ours
+    restore: Literal["clean", "view"] = "clean"  # target: clean crop, or augmented view; ours
+    pixels: Literal["masked", "all"] = "masked"  # patches in the L1 loss; MAE's: masked
     norm_pixels: bool = False  # normalise target patches, MAE's variant
     crop_min_s: float = 0.2  # smallest crop of branch s, fraction of the area; MoCo v2's
     crop_min_w: float = 0.5  # smallest crop of branch w; ours
@@ -82,7 +83,7 @@ class Config(RunConfig):
     decoder_heads: int = 6  # heads of the decoders; ours
     epochs: float = 300  # passes over the data; ours
     batch: int = 256  # images per step and process; ours
-    lr: float = 1e-3  # learning rate for a batch of 256; scaled linearly, as MAE's; ours
+    lr: float = 1e-3  # base learning rate, for a batch of 256; ours
     wd: float = 0.05  # weight decay; MAE's
     warmup: float = 40.0  # epochs of linear warm-up; MAE's
 
@@ -116,16 +117,16 @@ TINY = Config(dim=192, depth=4, heads=3, hidden=384, out_dim=64, decoder_depth=2
               decoder_heads=3, epochs=8, batch=128, warmup=1.0, eval_every=1, tiny=True)
 
 
-# The abstract. B: images. N: patches of an image. V: visible patches. P = 3·p·p: values of a patch
-# of p×p pixels. H = W = img. Encoder, Decoder and other parts stand at the end of the file, where B
-# is any number of rows.
+# The abstract. B: images. N: patches of an image. V: visible patches, V_s or V_w. P = 3·p·p:
+# values of a patch of p×p pixels. H = W = img. out: width of a key. M: keys in the bank. Encoder,
+# Decoder and other parts are at the end of the file. In small functions B is any number of rows.
 
 def views(images, cfg):
-    """Views x_s, x_w of branches s and w, and the clean crops c_s, c_w that they are made of.
+    """Views x_s and x_w of the two branches, and the clean crops c_s and c_w they come from.
 
     images: uint8 (B, 3, S, S) or a batch of Batches. A clean crop is a random resized crop, flipped
-    with probability 1/2; its view has other colours and blur. Returns x_s, x_w, c_s and c_w,
-    normalised, (B, 3, img, img) each.
+    with probability 1/2. Colour jitter, greyscale and blur turn it into a view. Returns
+    x_s, x_w, c_s and c_w, normalised, (B, 3, img, img) each.
     """
     def crop(smallest):
         return random_hflip(random_resized_crop(images, cfg.img, (smallest, 1.0)))
@@ -133,7 +134,7 @@ def views(images, cfg):
     def augment(c, jitter, gray, blur):
         return gaussian_blur(random_grayscale(color_jitter(c, p=jitter), gray), blur)
 
-    c_s, c_w = crop(cfg.crop_min_s), crop(cfg.crop_min_w)                       # 0…1
+    c_s, c_w = crop(cfg.crop_min_s), crop(cfg.crop_min_w)                       # in [0, 1]
     x_s = augment(c_s, cfg.jitter_s, cfg.gray_s, cfg.blur_s)    # "stronger data augmentation"
     x_w = augment(c_w, cfg.jitter_w, cfg.gray_w, cfg.blur_w)    # "weaker data corruptions"
     return normalize(torch.stack([x_s, x_w, c_s, c_w])).unbind()
@@ -168,29 +169,29 @@ class MACRL(nn.Module):
             blocks = [Block(cfg.decoder_dim, cfg.decoder_heads) for _ in range(cfg.decoder_depth)]
             return Decoder(cfg.img, cfg.patch, cfg.dim, cfg.decoder_dim, blocks)
         self.decoder_s, self.decoder_w = decoder(), decoder()                   # d_s, d_w
-        self.g = mlp(cfg.dim, cfg.hidden, cfg.out_dim).apply(init_weights)      # the summary's
+        self.g = mlp(cfg.dim, cfg.hidden, cfg.out_dim).apply(init_weights)  # projector
         if cfg.keys == "momentum":
             self.f_xi = copy.deepcopy(self.encoder).requires_grad_(False)       # f_ξ, average of f
             self.g_xi = copy.deepcopy(self.g).requires_grad_(False)             # g_ξ, average of g
-        self.register_buffer("bank", torch.randn(cfg.bank, cfg.out_dim))        # the summary's
-        self.g.requires_grad_(cfg.lam_c > 0)            # weight 0: no loss, nothing to train
+        self.register_buffer("bank", torch.randn(cfg.bank, cfg.out_dim))        # memory bank
+        self.g.requires_grad_(cfg.lam_c > 0)            # parts without a loss are frozen
         self.decoder_s.requires_grad_(cfg.lam_r > 0)
         self.decoder_w.requires_grad_(cfg.lam_r > 0)
 
     def forward(self, x_s, x_w, c_s=None, c_w=None, mask_s=None, mask_w=None):
         """Views x and clean crops c of both branches, normalised (B, 3, H, W) → {"loss",
         "contrast": L_c, "reconstruction": L_r, "reconstruction s": L_s, "reconstruction w": L_w},
-        without terms of weight 0. c None: the view is the target. mask (B, N): True is masked;
-        None: random. Adds the keys to the bank."""
+        without terms of weight 0. c None: the target is the view. mask (B, N): True is masked;
+        None: random. The keys enter the bank."""
         cfg, loss, terms = self.cfg, 0, {}
-        if mask_s is None:
-            mask_s = random_mask(len(x_s), self.N, cfg.mask, x_s.device)   # "higher mask ratio"
-        if mask_w is None:
-            mask_w = random_mask(len(x_w), self.N, cfg.mask_w, x_w.device)   # "weaker …"
-        ids_s = visible_first(mask_s)[:, :self.V_s]                             # (B, V)
-        ids_w = visible_first(mask_w)[:, :self.V_w]                             # (B, V)
-        z_s = self.encoder(x_s, ids_s)                 # "siamese network", (B, 1 + V, D)
-        z_w = self.encoder(x_w, ids_w)                                          # (B, 1 + V, D)
+        if mask_s is None:                                  # "higher mask ratio"
+            mask_s = random_mask(len(x_s), self.N, cfg.mask, x_s.device)
+        if mask_w is None:                                  # "weaker data corruptions"
+            mask_w = random_mask(len(x_w), self.N, cfg.mask_w, x_w.device)
+        ids_s = visible_first(mask_s)[:, :self.V_s]                             # (B, V_s)
+        ids_w = visible_first(mask_w)[:, :self.V_w]                             # (B, V_w)
+        z_s = self.encoder(x_s, ids_s)                 # "siamese network", (B, 1 + V_s, D)
+        z_w = self.encoder(x_w, ids_w)                                          # (B, 1 + V_w, D)
 
         if cfg.lam_c > 0:                   # "learned features from the encoder in both branches"
             q = self.g(self.encoder.vector(z_s))                                # (B, out)
@@ -215,8 +216,8 @@ class MACRL(nn.Module):
         return {"loss": loss, **terms}      # "leverages the effectiveness of both"
 
     def l1(self, y, x, c, mask):
-        """The L1 loss of predicted patches y (B, N, P) with mask (B, N). Their target is the clean
-        crop c, or the view x if c is None or with --restore view."""
+        """The L1 loss of predicted patches y (B, N, P) with mask (B, N). The target is the clean
+        crop c, or the view x with --restore view or without c."""
         target = x if c is None or self.cfg.restore == "view" else c            # (B, 3, H, W)
         target = patchify(target, self.cfg.patch)                               # (B, N, P)
         target = normalize_patches(target) if self.cfg.norm_pixels else target
@@ -228,8 +229,8 @@ class MACRL(nn.Module):
         """Normalised images (B, 3, H, W) → (masked input, prediction) of a branch, both normalised
         images.
 
-        With --norm-pixels each predicted patch gets the mean and deviation of x. Visible patches
-        are shown as they are unless the loss counts them.
+        With --norm-pixels each predicted patch gets its true mean and deviation. Visible patches
+        are shown as they are, or as predicted with --pixels all.
         """
         cfg, patches = self.cfg, patchify(x, self.cfg.patch)                    # (B, N, P)
         ratio, V, decoder = {"s": (cfg.mask, self.V_s, self.decoder_s),
@@ -248,11 +249,11 @@ Model = MACRL
 
 
 def info_nce_loss(q, k, bank, tau):
-    """InfoNCE of queries q (B, D): the positive of q[i] is k[i], its negatives are the other rows
-    of k (B, D) and all rows of bank (M, D). The mean over i."""
+    """InfoNCE of queries q (B, out), mean over the queries. The positive of q[i] is k[i]. Its
+    negatives are the other rows of k (B, out) and all rows of bank (M, out)."""
     with torch.autocast(q.device.type, enabled=False):
-        q = F.normalize(q.float(), dim=1)                                       # (B, D)
-        keys = F.normalize(torch.cat([k.float(), bank]), dim=1)                 # (B + M, D)
+        q = F.normalize(q.float(), dim=1)                                       # (B, out)
+        keys = F.normalize(torch.cat([k.float(), bank]), dim=1)                 # (B + M, out)
         return F.cross_entropy(q @ keys.mT / tau, torch.arange(len(q), device=q.device))
 
 

@@ -35,7 +35,7 @@ def require(condition, message):
 
 # Flags
 
-# Flags that may be typed beside --resume: they do not change the result.
+# May be typed beside --resume.
 RESUMABLE = ("resume", "root", "device", "compile", "log_every", "eval_every", "workers")
 
 
@@ -45,10 +45,10 @@ class RunConfig:
     data: str = "cifar10"  # cifar10, cifar100, stl10, tiny-imagenet, shapes or a folder
     root: str = "data"  # where data sets are downloaded and folders decoded
     images: int = 0  # train on this many images, the same in every run; 0: all
-    out: str = ""  # folder of the run, new or empty (default: runs/METHOD-DATE-TIME)
+    out: str = ""  # folder of the run, new or empty; else runs/METHOD-DATE-TIME
     resume: str = ""  # folder of a run to continue
-    init: str = ""  # initial encoder: a run, its encoder.pt or a state dict of timm's
-    seed: int = 0  # of all random numbers
+    init: str = ""  # initial encoder: a run, a checkpoint or timm's
+    seed: int = 0  # seed of all random numbers
     device: typing.Literal["auto", "cpu", "cuda"] = "auto"  # where to compute
     amp: bool = True  # bfloat16 autocast where the device is fast in it
     compile: bool = False  # torch.compile the model
@@ -83,7 +83,7 @@ def make_parser(file, doc, Config, TINY):
     for field in sorted(dataclasses.fields(Config), key=lambda field: field.name not in own):
         kind, tiny = kinds[field.name], getattr(TINY, field.name)
         default = f"default: {field.default}" + (f", tiny: {tiny}" if tiny != field.default else "")
-        text = f"{comments.get(field.name, '')} ({default})".replace("%", "%%")
+        text = comments.get(field.name, "") + (f" ({default})" if field.default != "" else "")
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(kind) is typing.Literal:
@@ -92,7 +92,7 @@ def make_parser(file, doc, Config, TINY):
             options = {"type": kind, "metavar": kind.__name__.upper()}
         else:
             raise TypeError(f"{field.name}: a flag is int, float, str, bool or Literal, not {kind}")
-        parser.add_argument(flag(field.name), help=text, **options)
+        parser.add_argument(flag(field.name), help=text.replace("%", "%%"), **options)
     return parser
 
 
@@ -272,7 +272,7 @@ def save_file(state, file, previous=None):
     part = file.with_suffix(".part")
     try:
         torch.save(state, part)
-    except RuntimeError as error:  # how torch reports a full disk
+    except RuntimeError as error:  # a full disk
         part.unlink(missing_ok=True)
         raise OSError(f"cannot write {file}: {error}") from error
     if previous and file.exists():
@@ -314,7 +314,8 @@ def load_checkpoint(path, **parts):
         for name, part in parts.items():
             part.load_state_dict(state[name])
     except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{files[0]} does not fit: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{files[0]} does not fit: {reason}") from error
     return state
 
 

@@ -30,7 +30,8 @@ OTHER_FORMS = [("mclim", {"target": "shared"}), ("mclim", {"target": "separate"}
 def small(method, **changes):
     """A Config of 16 patches of 4×4 pixels, 48 wide and 2 deep: 3 epochs of 4 steps."""
     sizes = {"data": "shapes", "images": 64, "img": 16, "dim": 48, "depth": 2, "batch": 16,
-             "epochs": 3, "warmup": 0.5, "lr": 8e-3, "log_every": 1, "device": "cpu", "amp": False}
+             "epochs": 3, "warmup": 0.5, "lr": 8e-3, "log_every": 1, "eval_every": 3,
+             "device": "cpu", "amp": False}
     return dataclasses.replace(importlib.import_module(method).TINY, **{**sizes, **changes})
 
 
@@ -80,6 +81,7 @@ def test_a_stopped_run_resumes_exactly(trained, method, tmp_path, monkeypatch):
         raise Killed
 
     save, module = common.Run.save, importlib.import_module(method)
+    monkeypatch.setattr(common.Run, "draw", lambda run, images: None)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(common.Run, "save", save_and_die)
         module.train(small(method, out=str(tmp_path / "run")))

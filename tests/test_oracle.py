@@ -12,6 +12,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import common
+from conftest import slow
 
 ORACLE = Path(__file__).with_name("oracle.json")
 
@@ -43,7 +44,11 @@ def run(method, settings, out):
             "gradient": norms[9::10]}
 
 
-@pytest.mark.parametrize("name", json.loads(ORACLE.read_text()))
+NAMES = [pytest.param(name, marks=slow if name in ("mclim-swin", "mclim-hivit") else ())
+         for name in json.loads(ORACLE.read_text())]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_losses_and_gradients_equal_the_recorded_ones(name, tmp_path, monkeypatch):
     known = json.loads(ORACLE.read_text())[name]
     monkeypatch.setattr(common, "load_images", functools.cache(common.load_images))

@@ -115,7 +115,7 @@ def make_config(typed, Config, TINY, method):
 
 
 def read_config(folder, method=None):
-    """config.json of a run. Raises UserError if it is missing or is another method's."""
+    """config.json of a run of `method`. Raises UserError."""
     try:
         facts = json.loads(Path(folder, "config.json").read_text())
         require(method in (None, facts["method"]), f"{folder} is a run of {facts['method']}.py")
@@ -127,7 +127,7 @@ def read_config(folder, method=None):
 def run_program(file, doc, Config, TINY, train, argv=None):
     """Runs train(Config of the flags `argv`). Exits with one line and status 2 after a UserError
     or OSError, with status 1 if the loss is not finite."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it was closed
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None if closed
     parser = make_parser(file, doc, Config, TINY)
     typed = vars(parser.parse_args(argv))
     try:
@@ -260,6 +260,8 @@ def knn_accuracy(features, labels, queries, query_labels, k=20, tau=0.07):
 def effective_rank(features):
     """RankMe, arXiv 2210.02885: exp of the entropy of the singular values of (N, D), each as a
     fraction of their sum. 1 … min(N, D)."""
+    if not features.isfinite().all():
+        raise FloatingPointError("features are not finite")
     sigma = torch.linalg.svdvals(features.float())
     p = sigma / sigma.sum().clamp(min=1e-12) + 1e-7
     return torch.special.entr(p).sum().exp().item()
@@ -287,12 +289,12 @@ def read_file(file):
             with zipfile.ZipFile(file) as archive:
                 require(archive.testzip() is None, "a checksum is wrong")
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile, pickle and torch raise many kinds
+    except Exception as error:
         if "argparse.Namespace" in str(error):
             raise UserError(f"{file} holds more than tensors. These lines extract the weights:\n"
                             f"state = torch.load({str(file)!r}, weights_only=False)\n"
                             "torch.save(state['model'], 'weights.pt')") from error
-        raise UserError(f"{file} is damaged or no checkpoint: {error}") from error
+        raise UserError(f"{file} is damaged or no checkpoint: {repr(error)[:99]}") from error
 
 
 def save_checkpoint(folder, method, step, cfg, **parts):
@@ -329,7 +331,8 @@ def load_encoder(encoder, path):
         timm = {name: state[name] for name in state if not name.startswith("head.")}
         encoder.load_state_dict(own or timm)
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(f"--init {path}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"--init {path}: {reason[:300]}") from error
 
 
 # The run
@@ -397,8 +400,7 @@ class Run:
             writer.writerows(self.rows if anew else [row])
 
     def log(self, step, losses):
-        """Writes the mean losses every --log-every steps. Raises FloatingPointError if one is not
-        finite."""
+        """Writes the mean losses every --log-every steps. Raises FloatingPointError."""
         self.step = step + 1
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
@@ -409,7 +411,7 @@ class Run:
         means = {name: float(total) / self.count for name, total in self.sums.items()}
         if not all(math.isfinite(value) for value in means.values()):
             raise FloatingPointError(f"by step {step} the loss is not finite: {means}")
-        if self.world > 1:  # the processes agree on whether one of them got a signal
+        if self.world > 1:
             signals = torch.tensor(self.signal, device=self.device)
             dist.all_reduce(signals, dist.ReduceOp.MAX)
             self.signal = int(signals)

@@ -7,10 +7,10 @@
 --recipe mae is that of FINETUNE.md in MAE's code for ViT-B; mvmae is Multi-View MAE's §4.1.2 (100
 epochs, batch 512, mixup with probability 0.8, RandAugment), for the rest MAE's paper, Table 9.
 What differs from MAE's code, which uses timm: RandAugment's strength has no noise (mstd0.5), and
-its operations are torchvision's; the learning rate ends at 0, not 1e-6; test images are resized
+operations are torchvision's; the learning rate ends at 0, not 1e-6; test images are resized
 linearly; the encoder keeps its norm and pooling; positions are not trained.
 
-The last epoch counts: eval_finetune.json, confusion.png. --resume needs RUN where it was.
+The last epoch counts: eval_finetune.json. --resume needs RUN where it was.
 """
 import json
 import os
@@ -79,7 +79,7 @@ class Config:
     def __post_init__(self):
         RunConfig.__post_init__(self)
         limits = {"labels": 1, "crop_min": 1, "layer_decay": 1, "rand_magnitude": 10,
-                  "smoothing": 0.99, "drop_path": 0.99}
+                  "smoothing": 0.99, "drop_path": 0.99, "mix_prob": 1, "erase": 1}
         for name, limit in limits.items():
             require(getattr(self, name) <= limit, f"{flag(name)} must be at most {limit}")
 
@@ -140,7 +140,7 @@ def block_names(encoder):
 
 class Classifier(nn.Module):
     """An encoder and a linear head, (B, 3, H, W) → scores (B, classes)."""
-    def __init__(self, encoder, classes, drop_path):
+    def __init__(self, encoder, dim, classes, drop_path):
         super().__init__()
         self.encoder = encoder.requires_grad_(True)
         names = block_names(encoder)
@@ -150,7 +150,7 @@ class Classifier(nn.Module):
                 if child in ("attn", "mlp"):
                     branch.register_forward_hook(
                         lambda m, _, out, p=p: stochastic_depth(out, p, "row", m.training))
-        self.head = nn.Linear(len(encoder.norm.weight), classes)
+        self.head = nn.Linear(dim, classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
 
@@ -159,7 +159,7 @@ class Classifier(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.head(z.float())
 
-    features = forward  # for extract_features
+    features = forward
 
 
 def layer_groups(model, wd, decay):
@@ -194,7 +194,8 @@ def train(cfg):
     steps, warmup = max(1, round(cfg.epochs * len(batches))), round(cfg.warmup * len(batches))
 
     torch.manual_seed(cfg.seed)
-    model = Classifier(pretrained.encoder, len(images.classes), cfg.drop_path).to(device)
+    dim = pretrained.encoder.features(torch.zeros(1, 3, pre.img, pre.img)).shape[1]
+    model = Classifier(pretrained.encoder, dim, len(images.classes), cfg.drop_path).to(device)
     net = DistributedDataParallel(model) if world > 1 else model
     optimizer = torch.optim.AdamW(layer_groups(model, cfg.wd, cfg.layer_decay), fused=True)
 
@@ -205,7 +206,7 @@ def train(cfg):
 
     peak = cfg.lr * cfg.batch * world / 256
     for step, (x, targets) in enumerate(loader, run.start):
-        seed_step(cfg.seed, steps + step, rank)  # stochastic depth
+        seed_step(cfg.seed, steps + step, rank)
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * cosine_lr(step, steps, warmup, peak)
 

@@ -17,8 +17,7 @@ random crops and flips in each epoch, BatchNorm before the linear layer, LARS. W
 run's pooling, where MAE takes the class token; torchvision's random crops, where MAE clips a box
 that does not fit; central crops are resized linearly, where MAE's are bicubic.
 
-Writes eval_linear.json and confusion.png (with --data stl10 eval_linear-stl10.json and so on)
-beside the checkpoint.
+Writes eval_linear.json and confusion.png beside the checkpoint (with --data: NAME-DATA).
 """
 import argparse
 import dataclasses
@@ -227,7 +226,8 @@ def classify(encoder, features, queries, train, test, args, seeds, how):
 
 def evaluate(args):
     """Evaluates as the command line says."""
-    require(args.seeds > 0, f"--seeds {args.seeds} must be positive")
+    for name in ("seeds", "batch", "epochs", "lr"):
+        require(getattr(args, name) > 0, f"--{name} must be positive")
     device, _, world = start_processes(args.device)
     require(world == 1, "eval_linear.py runs in one process, without torchrun")
     model, cfg = load_model(args.run)

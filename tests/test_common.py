@@ -213,6 +213,8 @@ def test_effective_rank_is_rankmes():
     expected = math.exp(-sum(v * math.log(v) for v in p))
     assert common.effective_rank(features) == pytest.approx(expected, rel=1e-4)
     assert common.effective_rank(normal(40, 1) @ normal(1, 6)) == pytest.approx(1, abs=1e-3)
+    with pytest.raises(FloatingPointError):
+        common.effective_rank(features * torch.nan)
 
 
 @pytest.mark.parametrize("native", [False, True])
@@ -311,8 +313,11 @@ def test_an_encoder_that_does_not_fit_is_named(saved, tmp_path):
         exec("\n".join(lines), {"torch": torch})
         load_encoder(model.encoder, "weights.pt")
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
-    with pytest.raises(UserError, match="tensor.pt"):
-        load_encoder(model.encoder, tmp_path / "tensor.pt")
+    (tmp_path / "text.pt").write_text("no weights")
+    for name in ("tensor.pt", "text.pt", "missing.pt"):
+        with pytest.raises(UserError, match=name) as error:
+            load_encoder(model.encoder, tmp_path / name)
+        assert "\n" not in str(error.value)
 
 
 # Runs

@@ -285,6 +285,7 @@ def test_raw_pixels_are_the_crop_between_0_and_1():
 
 @pytest.mark.parametrize("program, command, words", [
     (eval_linear, "{run} --seeds 0", ["--seeds", "positive"]),
+    (eval_linear, "{run} --batch 0", ["--batch", "positive"]),
     (eval_linear, "{run} --images -1", ["--images", "must be in"]),
     (eval_linear, "{run}/nowhere", ["nowhere"]),
     (eval_linear, "{run}/foreign.pt", ["foreign.pt", "no_such_method.py"]),
@@ -322,7 +323,7 @@ def test_labels_are_a_fixed_choice_of_each_class():
 
 
 def test_learning_rates_fall_from_layer_to_layer():
-    model = eval_finetune.Classifier(build(small("mvmae")).encoder, 10, 0.0)
+    model = eval_finetune.Classifier(build(small("mvmae")).encoder, 48, 10, 0.0)
     groups = eval_finetune.layer_groups(model, 0.3, 0.5)
     found = {p: (group["scale"], group["weight_decay"]) for group in groups
              for p in group["params"]}
@@ -336,7 +337,7 @@ def test_learning_rates_fall_from_layer_to_layer():
 
 
 def test_stochastic_depth_rises_and_every_weight_is_trained():
-    model = eval_finetune.Classifier(build(small("mvmae", depth=3)).encoder, 10, 0.6)
+    model = eval_finetune.Classifier(build(small("mvmae", depth=3)).encoder, 48, 10, 0.6)
     branches = {}
     for i, block in enumerate(model.encoder.blocks):
         for name in ("attn", "mlp"):  # called after the model's own hook
@@ -410,7 +411,7 @@ def test_a_flag_overrides_its_recipe_and_the_report_says_so(run, shapes, tmp_pat
     report = json.loads((tmp_path / "out" / "eval_finetune.json").read_text())
     assert (report["batch"], report["erase"], report["lr"]) == (20, 0.1, 2e-3)
     assert report["labels"] == 0.5 and report["warmup"] == pytest.approx(0.6)
-    model = eval_finetune.Classifier(build(small("mvmae")).encoder, 10, 0.0)
+    model = eval_finetune.Classifier(build(small("mvmae")).encoder, 48, 10, 0.0)
     common.load_checkpoint(tmp_path / "out", model=model)
     scores = common.extract_features(model.eval(), shapes[1], 16, CPU)
     assert report["percent"]["top1"] == eval_linear.accuracy(scores, shapes[1].labels)

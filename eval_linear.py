@@ -10,7 +10,7 @@ Linear probe: a linear layer on `features`, standardised by the training images.
 Attentive probe: a learned query q weighs the standardised `tokens` x_t of an image by
 softmax(q·x_t / √D), and a linear layer takes their weighted mean, arXiv 2506.10178. All tokens are
 held in half precision: 15 GB for 50,000 images of 196 × 768; see --no-attentive.
-Effective rank of the training features: near 1, the encoder has collapsed. It needs no labels.
+Effective rank of the training features: near 1, the encoder has collapsed.
 
 --protocol mae replaces both probes by that of MAE's main_linprobe.py, which CAMAE §IV-A cites:
 random crops and flips in each epoch, BatchNorm before the linear layer, LARS. What differs: the

@@ -93,7 +93,8 @@ def agree(args, device):
         if args.part == "agree":
             note(args, f"{name} float32", lambda: {"difference": compare(False)})
             note(args, f"{name} bfloat16", lambda: {"difference": compare(True)})
-            note(args, f"{name} resumed", lambda: resume(args.out / name))
+            if not args.rehearse or module is mvmae:
+                note(args, f"{name} resumed", lambda: resume(args.out / f"{name} run"))
         elif not args.rehearse:
             note(args, f"{name} compiled",
                  lambda: {"loss": last_loss(args.out / f"{name} compiled", compile=True)})
@@ -117,7 +118,6 @@ def random_images(cfg, device):
 
 
 def rate(module, cfg, device, limit, count):
-    """Figures of `count` steps after three others."""
     model, images = module.Model(cfg).to(device), random_images(cfg, device)
     optimizer = torch.optim.AdamW(module.param_groups(model, cfg.wd), lr=1e-4, fused=True)
     losses = []
@@ -163,10 +163,10 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="folder of the figures")
     parser.add_argument("--data", default="shapes", help="data set of part mclim")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--part", choices=LIMITS, help="this part alone")
+    parser.add_argument("--part", choices=LIMITS)
     args = parser.parse_args()
     if not (args.rehearse or torch.cuda.is_available()):
-        parser.error("no CUDA GPU is available; try --rehearse")
+        parser.error("no CUDA GPU; try --rehearse")
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cpu" if args.rehearse else "cuda")
     parts = {"agree": agree, "compile": agree, "speed": speed, "views": views, "mclim": run_mclim}

@@ -269,7 +269,8 @@ def test_tiny_imagenets_annotations(folder):
     os.rename(folder / "test", folder.parent / "aside")
     for i in range(3):
         save(folder / "val" / "images" / f"val_{i}.JPEG", (80 * i, 0, 0))
-    lines = [f"val_{i}.JPEG\t{label}\t0\t0\t9\t9\n" for i, label in enumerate(("bee", "ant", "bee"))]
+    lines = [f"val_{i}.JPEG\t{label}\t0\t0\t9\t9\n"
+             for i, label in enumerate(("bee", "ant", "bee"))]
     (folder / "val" / "val_annotations.txt").write_text("".join(lines))
     found = load(folder, "test")
     assert found.labels.tolist() == [1, 0, 1]
@@ -312,7 +313,8 @@ def test_transparent_parts_are_white(tmp_path):
     save(tmp_path / "clear.png", (255, 0, 0, 0), mode="RGBA")
     save(tmp_path / "half.png", (0, 0, 0, 128), mode="RGBA")
     assert read_image(tmp_path / "clear.png", 40).getpixel((5, 5)) == (255, 255, 255)
-    assert read_image(tmp_path / "half.png", 40).getpixel((5, 5)) == pytest.approx((127,) * 3, abs=1)
+    half = read_image(tmp_path / "half.png", 40).getpixel((5, 5))
+    assert half == pytest.approx((127,) * 3, abs=1)
 
 
 def test_grey_images_of_16_bits_are_scaled_or_refused(tmp_path):

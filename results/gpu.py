@@ -162,7 +162,7 @@ def main():
     parser = argparse.ArgumentParser("results.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the figures")
     parser.add_argument("--data", default="shapes", help="data set of part mclim")
-    parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
     parser.add_argument("--part", choices=LIMITS)
     args = parser.parse_args()
     if not (args.rehearse or torch.cuda.is_available()):

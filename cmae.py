@@ -349,11 +349,12 @@ def train(cfg):
             group["lr"] = cosine_lr(step, steps, warmup, cfg.lr * cfg.batch * world / 256)
 
         epoch, i = divmod(step, len(batches))
-        if i == 0 and epoch in range(cfg.crop_from, epoch + 1, cfg.crop_every):  # §3.1
+        since = epoch - cfg.crop_from
+        if i == 0 and since >= 0 and since % cfg.crop_every == 0:  # §3.1
             boxes.locate(model, train_set.pixels, device)
             area = (boxes.boxes[:, 2:] - boxes.boxes[:, :2]).prod(1).mean()
             if rank == 0:
-                print(f"epoch {epoch}: boxes cover {area:.0%} of an image", flush=True)
+                print(f"epoch {epoch}: boxes cover {area:.0%} of images")
         I = boxes.boxes[batches.ids(step)] if epoch >= cfg.crop_from else None  # (B, 4)
         view1, view2 = views(batches[step], cfg, I)
         with autocast(device, cfg.amp):

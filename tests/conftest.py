@@ -1,4 +1,5 @@
 """What several test files use: small configurations, random tensors, trained runs."""
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -10,8 +11,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for a GPU
 import pytest
 import torch
 
+import common
+
 ROOT = Path(__file__).parents[1]
 METHODS = ("mclim", "mvmae", "cmae", "macrl", "camae")
+every_method = pytest.mark.parametrize("method", METHODS)
 slow = pytest.mark.skipif("SLOW" not in os.environ, reason="takes long; SLOW=1 runs it, as CI does")
 
 
@@ -50,14 +54,25 @@ def program(*args, cwd=ROOT, **options):
                           capture_output=True, timeout=600, **options)
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """trained("mvmae"): the folder of a run of this method, trained once for all tests."""
-    folders = {}
+def status(module, *arguments):
+    """The exit status of module.main, which ends with SystemExit."""
+    with pytest.raises(SystemExit) as ended:
+        module.main([str(argument) for argument in arguments])
+    return ended.value.code
 
-    def folder(method):
-        if method not in folders:
-            out = tmp_path_factory.mktemp("runs") / method
-            folders[method] = importlib.import_module(method).train(small(method, out=str(out)))
-        return folders[method]
+
+@pytest.fixture
+def untrained(tmp_path):
+    """untrained("mvmae", …): a run folder with the checkpoint of an untrained model."""
+    def folder(method, **changes):
+        cfg, out = small(method, **changes), tmp_path / "run"
+        out.mkdir(exist_ok=True)
+        common.save_checkpoint(out, method, 1, cfg, model=build(cfg))
+        return out
     return folder
+
+
+@pytest.fixture
+def no_autocast(monkeypatch):
+    """Models run on the meta device, where a value that is read and a stray CPU tensor raise."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())

@@ -364,7 +364,9 @@ def test_shapes_are_fixed_by_the_seed_and_not_told_by_color_or_position():
 
 def test_masks_of_shapes_are_where_the_shape_is():
     pixels, _, masks = images.draw_shapes(200, 32, 5)
-    for image, mask in zip(pixels / 255, masks):
-        ground = image[:, 0, 0] > 0.5
+    grounds = pixels[:, :, 0, 0] > 127
+    for image, ground, mask in zip(pixels / 255, grounds, masks):
         inside = ((image > 0.5) != ground[:, None, None]).float().mean(0) > 0.5
         assert (inside == mask).float().mean() > 0.95
+    colors = grounds.unique(dim=0, return_counts=True)[1]  # a shape's is its ground's complement
+    assert len(colors) == 8 and colors.min() > 10

@@ -1,14 +1,12 @@
 """CAMAE: Eq. 1 to 6 against plain loops, IDM, PLB over epochs, the momentum networks, each flag."""
-import contextlib
 import csv
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import camae
-from common import UserError, load_checkpoint, seed_step
+from common import load_checkpoint, seed_step
 from conftest import ROOT, build, normal, small
 
 VIEWS = normal(6, 3, 16, 16), normal(6, 3, 16, 16, seed=1)
@@ -31,19 +29,6 @@ def test_info_nce_is_equation_1():
         e = [math.exp(float(unit[0][i] @ unit[1][j]) / tau) for j in range(5)]
         losses.append(-math.log(e[i] / (e[i] + sum(e[j] for j in range(5) if j != i))))
     assert camae.info_nce_loss(z, k, tau).item() == pytest.approx(sum(losses) / 5, rel=1e-5)
-    same = torch.ones(5, 8)
-    assert camae.info_nce_loss(same, same, tau).item() == pytest.approx(math.log(5))
-
-
-@pytest.mark.parametrize("plb_loss", ["mean", "sum"])
-def test_masked_mse_is_equation_2_and_plb_sees_it_at_the_scale_of_its_flag(plb_loss):
-    cfg = small("camae", plb_loss=plb_loss, mask=0.25)
-    y, x, mask = normal(3, 16, 48), normal(3, 16, 48, seed=1), camae.random_mask(3, 16, 0.25)
-    errors = [[(x[i, h, c] - y[i, h, c]).item() ** 2 for h in range(16) for c in range(48)
-               if mask[i, h]] for i in range(3)]
-    expected = sum(sum(row) / (len(row) if plb_loss == "mean" else 1) for row in errors) / 3
-    found = camae.plb_scale(cfg) * camae.masked_mse(y, x, mask).item()
-    assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.75])
@@ -82,15 +67,13 @@ def test_heads_are_drawn_by_p_and_the_same_in_all_processes_equation_5(monkeypat
     heads = [plb.draw(0, step).item() for step in range(3000)]
     frequency = torch.tensor(heads).bincount(minlength=4) / len(heads)
     assert frequency[0] == 0 and (frequency - p).abs().max() < 0.03
-    for step in range(20):
-        for rank in (0, 1):
-            seed_step(0, step, rank)
-            assert plb.draw(0, step).tolist() == [heads[step]]
+    for rank in (0, 1):
+        seed_step(0, 7, rank)
+        assert [plb.draw(0, step).item() for step in range(20)] == heads[:20]
     assert heads[:100] != [plb.draw(1, step).item() for step in range(100)]
-    monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: torch.zeros(1))
-    assert plb.draw(0, 0) == 1                                      # not head 0, whose p is 0
-    monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: torch.ones(1))
-    assert plb.draw(0, 0) == 3                                      # p may add up to less than 1
+    for u, m in ((0, 1), (1, 3)):                                   # p of head 0 is 0; p may add
+        monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.full((1,), float(u)))
+        assert plb.draw(0, 0) == m                                  # up to less than 1
 
 
 def test_plb_gathers_an_epoch_and_an_undrawn_head_keeps_its_loss():
@@ -109,23 +92,15 @@ def test_plb_gathers_an_epoch_and_an_undrawn_head_keeps_its_loss():
     assert torch.allclose(plb.p, camae.plb_update(first, plb.losses, 0.99, 0.2))
 
 
-def test_row_of_plb_has_the_perplexity_of_p():
-    plb = camae.PLB(3)
-    for p, perplexity in (([1 / 3] * 3, 3), ([0.5, 0.0, 0.5], 2), ([0.0, 1.0, 0.0], 1)):
-        plb.p.copy_(torch.tensor(p))
-        row = plb.row()
-        assert row["perplexity of p"] == pytest.approx(perplexity, rel=1e-5)
-        assert row["p of head 1"] == pytest.approx(p[0]) and math.isnan(row["loss of head 3"])
-
-
 @pytest.mark.parametrize("change", [
     {}, {"mask_by": "idm"}, {"mask_by": "random"}, {"contrast": False}, {"norm_pixels": True},
-    {"contrast": False, "mask_by": "random"}, {"mim": False}], ids=str)
+    {"contrast": False, "mask_by": "random"}, {"mim": False}, {"predictor": True}], ids=str)
 def test_forward_is_section_iii_and_equation_6(change):
     cfg = small("camae", **change)
     model, (view1, view2), expected = apart(cfg), VIEWS, {}
     if cfg.contrast:
-        z1, z2 = (model.projector(model.encoder(x)[:, 0]) for x in VIEWS)
+        predict = model.predictor if cfg.predictor else lambda z: z
+        z1, z2 = (predict(model.projector(model.encoder(x)[:, 0])) for x in VIEWS)
         k1, k2 = (model.momentum_projector(model.momentum_encoder(x)[:, 0]) for x in VIEWS)
         expected["contrast"] = (camae.info_nce_loss(z1, k2, cfg.tau) / 2
                                 + camae.info_nce_loss(z2, k1, cfg.tau) / 2)
@@ -149,49 +124,22 @@ def test_forward_is_section_iii_and_equation_6(change):
     assert given == pytest.approx(expected["loss"].item(), rel=1e-5)
 
 
-def test_contrast_alone_with_a_predictor_is_moco_v3():
-    """Its loss is 2τ times the sum of both directions, here it is their mean."""
-    cfg = small("camae", predictor=True, mim=False, freeze_patch=True)
-    model = apart(cfg)
-    f, g, h = model.encoder, model.projector, model.predictor
-    q1, q2 = (F.normalize(h(g(f(x)[:, 0])), dim=1) for x in VIEWS)
-    k1, k2 = (F.normalize(model.momentum_projector(model.momentum_encoder(x)[:, 0]), dim=1)
-              for x in VIEWS)
-    loss = sum(F.cross_entropy(torch.einsum("nc,mc->nm", q, k) / cfg.tau, torch.arange(6))
-               * (2 * cfg.tau) for q, k in ((q1, k2), (q2, k1)))
-    found = model(*VIEWS)
-    found["loss"].backward()
-    assert 4 * cfg.tau * found["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
-    assert [type(layer).__name__ for layer in h] == [
-        "Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d"]
-    assert h[0].weight.grad.abs().sum() > 0 and f.patch_embed.proj.weight.grad is None
-    assert not list(build(small("camae")).predictor.parameters())   # off by default
-
-
 def test_the_last_norm_of_a_projector_has_no_weights():
-    projector = camae.moco_mlp(48, 96, 96, 32)
+    projector, x = camae.moco_mlp(48, 96, 96, 32), normal(64, 48)
     assert len(projector) == 8 and not list(projector[-1].parameters())
     assert len(list(projector[1].parameters())) == 2
-    x = normal(64, 48)
+    assert len(build(small("camae", predictor=True)).predictor) == 5
     z = projector(x)
     assert z.mean(0).abs().max() < 1e-5 and (z.std(0, correction=0) - 1).abs().max() < 1e-2
     assert torch.equal(projector.eval()(x), z)                      # the statistics of the batch
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_attention_is_the_softmax_in_full(autocast):
-    model, x = build(small("camae")), VIEWS[0][:2]
-    block = model.encoder.blocks[-1]
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        tokens, last_block_input = model.encoder(x, return_last_block_input=True)
-        assert torch.equal(tokens, model.encoder.norm(block(last_block_input)))
-        qkv = block.attn.qkv(block.norm1(last_block_input)).float()         # (B, 1 + N, 3·K·d)
-        attention = model.encoder.attention(x)
-    q, k, _ = qkv.unflatten(2, (3, 3, 16)).unbind(2)                        # (B, 1 + N, K, d)
-    assert attention.dtype == torch.float32
-    for head in range(3):
-        full = torch.softmax(q[:, :, head] @ k[:, :, head].mT / 4, 2)       # (B, 1 + N, 1 + N)
-        assert torch.allclose(attention[:, head], full[:, 0, 1:], atol=1e-6)
+def test_attention_is_that_of_the_last_block():
+    encoder, x = build(small("camae")).encoder, VIEWS[0]
+    tokens, last_block_input = encoder(x, return_last_block_input=True)
+    block = encoder.blocks[-1]
+    assert torch.equal(tokens, encoder.norm(block(last_block_input)))
+    assert torch.equal(encoder.attention(x), camae.class_attention(block, last_block_input))
 
 
 def test_a_mask_without_gradient_leaves_the_weights_theirs_under_autocast():
@@ -216,15 +164,14 @@ def test_recompute_gives_equal_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_mask_of_a_reconstruction_is_made_as_in_training():
+def test_the_mask_of_a_reconstruction_is_that_of_a_random_head():
     model, x = build(small("camae")), VIEWS[0]
     torch.manual_seed(5)
     masked, _ = model.reconstruct(x)
     torch.manual_seed(5)
     head = torch.randint(3, (1,)).item()
     mask = camae.idm_mask(model.encoder.attention(x)[:, head], 0.75)
-    hidden = camae.unpatchify(mask[:, :, None].expand(-1, -1, 48).float(), 4).bool()
-    assert torch.equal(masked == 0, hidden)
+    assert torch.equal(camae.patchify(masked, 4).eq(0).all(2), mask)
 
 
 @pytest.mark.parametrize("change, frozen", [
@@ -241,8 +188,6 @@ def test_what_is_left_out_is_frozen(change, frozen, monkeypatch):
                  or name.startswith("encoder.patch_embed") and "freeze_patch" in change)
         assert p.requires_grad == (not still), name
         assert p.grad is None if still else p.grad.abs().sum() > 0, name
-    with pytest.raises(UserError, match="--no-contrast --no-mim"):
-        small("camae", contrast=False, mim=False)
 
 
 def test_views_are_changed_as_often_as_said():
@@ -255,23 +200,13 @@ def test_views_are_changed_as_often_as_said():
             views.append(camae.views(x, small("camae", **{**none, name: p}))[0])
         changed = (views[0] - views[1]).abs().amax((1, 2, 3)) > 1e-4
         assert changed.float().mean().item() == pytest.approx(0.6, abs=0.1), name
-    whole = camae.normalize(x / 255)
-    view, _ = camae.views(x, small("camae", **none))                # nearly whole images
-    error, flipped = ((view - other).square().mean((1, 2, 3)) for other in (whole, whole.flip(3)))
-    assert 100 < (flipped < error).sum() < 200
-    assert not torch.equal(*camae.views(x, small("camae")))
     assert torch.equal(*camae.views(x, small("camae", contrast=False)))
 
 
-def test_a_head_is_drawn_used_and_noted_without_waiting(monkeypatch):
-    """On the meta device a value that is read and a stray CPU tensor raise."""
-    real = torch.autocast
-    monkeypatch.setattr(torch, "autocast", lambda device, *args, **kwargs: (
-        contextlib.nullcontext() if device == "meta" else real(device, *args, **kwargs)))
-    model, plb = build(small("camae", predictor=True)).to("meta"), camae.PLB(3).to("meta")
+def test_a_head_is_drawn_used_and_noted_without_waiting(no_autocast):
+    model, plb = build(small("camae")).to("meta"), camae.PLB(3).to("meta")
     m = plb.draw(0, 0)
     losses = model(*torch.zeros(2, 6, 3, 16, 16, device="meta"), m)
-    losses["loss"].backward()
     plb.note(m, losses["reconstruction"])
     with pytest.raises((RuntimeError, NotImplementedError)):
         m.item()

@@ -1,6 +1,4 @@
 """CMAE: the paper's formulas against plain Python, contrastive crops and boxes, what is trained."""
-import contextlib
-import dataclasses
 import math
 import re
 from dataclasses import replace
@@ -62,37 +60,24 @@ def blank(n, side, aspect=1.0):
 
 @pytest.mark.parametrize("alpha, area", [(0.6, 0.0004), (1.0, 0.16), (2.5, 0.5)])
 def test_crop_centres_follow_the_beta_law_as_far_as_crops_fit(alpha, area, monkeypatch):
-    """I reaches from 0.1 to 0.8. A crop of side 0.7 fits between the centres 0.35 and 0.65."""
-    n, box = 4000, torch.tensor([0.1, 0.1, 0.8, 0.8])
+    """I is 0.1 … 0.8 by 0.3 … 0.9. A crop of side 0.7 fits between the centres 0.35 and 0.65."""
+    n, box = 4000, torch.tensor([0.1, 0.3, 0.8, 0.9])
     top, left, height, width = cut(
         monkeypatch, blank(n, 20_000), lambda images: cmae.contrastive_crop(
             images, 1, (area, area), box.repeat(n, 1), alpha))
     cells = (torch.arange(200_000, dtype=torch.double) + 0.5) / 200_000
     law = (cells * (1 - cells)) ** (alpha - 1)
     law = law.cumsum(0) / law.sum()                                     # distribution function
-    for start, length in ((top, height), (left, width)):
-        low, high = (0.1 - length / 2).clamp(min=0), (0.8 - length / 2).minimum(1 - length)
+    for start, length, ends in ((top, height, (0.1, 0.8)), (left, width, (0.3, 0.9))):
+        low, high = ((end - length / 2).clamp(min=0).minimum(1 - length) for end in ends)
         u = ((start - low) / (high - low)).sort().values
         assert -1e-3 < u[0] and u[-1] < 1 + 1e-3                        # whole pixels
         gap = law[(u.clamp(0, 1 - 1e-9) * 200_000).long()] - torch.arange(n) / n
         assert gap.abs().max() < 1.95 / math.sqrt(n)                    # Kolmogorov-Smirnov, 0.001
-    assert (top - left).abs().max() > 0.2                               # drawn independently
+    assert (top - left).std() > 0.05                                    # drawn independently
 
 
-def test_contrastive_crops_lie_around_the_box():
-    """Red is the row and green the column: the mean colour of a crop tells its centre."""
-    ramp = torch.arange(40.0) / 40
-    image = torch.stack([ramp[:, None].expand(40, 40), ramp.expand(40, 40), torch.zeros(40, 40)])
-    images, box = image.expand(500, -1, -1, -1), torch.tensor([0.6, 0.3, 0.7, 0.4])
-    crops = cmae.contrastive_crop(images, 16, (0.04, 0.16), box.repeat(500, 1), 0.6)  # all fit
-    y, x = crops[:, 0].mean((1, 2)) + 0.5 / 40, crops[:, 1].mean((1, 2)) + 0.5 / 40
-    assert 0.58 < y.min() < 0.62 < 0.68 < y.max() < 0.72
-    assert 0.28 < x.min() < 0.32 < 0.38 < x.max() < 0.42
-    corner = cmae.contrastive_crop(images, 16, (0.5, 0.5), torch.ones(500, 4), 0.6)
-    assert (corner[:, :2, -1, -1] > 0.95).all()                         # moved into the image
-
-
-def test_views_with_boxes_have_true_proportions_and_without_are_plain(monkeypatch):
+def test_crops_around_boxes_have_true_proportions(monkeypatch):
     """Images 1.25 times as wide as high, stored as squares."""
     cfg, images = small("cmae"), blank(400, 2000, 1.25)
     box = torch.full((400, 4), 0.5)
@@ -102,11 +87,6 @@ def test_views_with_boxes_have_true_proportions_and_without_are_plain(monkeypatc
     assert 0.19 < (height * width).min() < 0.25 and (height * width).max() > 0.8
     assert (top + height / 2 - 0.5).abs().max() < 1e-3
     assert (left + width / 2 - 0.5).abs().max() < 1e-3
-    seen = []
-    monkeypatch.setattr(cmae, "random_resized_crop", lambda images, size, scale: (
-        seen.append((size, scale)) or torch.zeros(len(images), 3, size, size)))
-    cmae.views(images, cfg)
-    assert seen == [(16, (0.2, 1.0))] * 2
 
 
 def test_boxes_are_found_in_their_epochs_belong_to_their_images_and_survive_a_resume(
@@ -218,8 +198,6 @@ def test_info_nce_is_equation_3():
         others = sum(math.exp(torch.dot(q[i], k[j]) / 0.2) for j in range(5) if j != i)
         terms.append(-math.log(positive / (positive + others)))
     assert cmae.info_nce_loss(3 * q, 2 * k, 0.2).item() == pytest.approx(sum(terms) / 5, rel=1e-5)
-    same = torch.ones(5, 7)
-    assert cmae.info_nce_loss(same, same, 0.2).item() == pytest.approx(math.log(5))
     outside = cmae.info_nce_loss(q, k, 0.2)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(cmae.info_nce_loss(q, k, 0.2), outside)
@@ -236,16 +214,6 @@ def test_location_loss_is_equation_5_or_its_square(norm):
             terms.append(square if norm == "squared" else math.sqrt(square))
     loss = cmae.location_loss(p, positions, norm)
     assert loss.item() == pytest.approx(sum(terms) / 6, rel=1e-5)
-
-
-def test_the_gradient_of_the_printed_norm_does_not_fade_and_that_of_its_square_does():
-    t = F.one_hot(torch.tensor([[3]]), 9).float()
-    for distance in (1.0, 0.01):
-        p = (t + distance * F.normalize(normal(1, 1, 9), dim=2)).requires_grad_()
-        for norm, length in (("norm", 1.0), ("squared", 2 * distance)):
-            loss = cmae.location_loss(p, torch.tensor([[3]]), norm)
-            gradient, = torch.autograd.grad(loss, p)
-            assert gradient.norm().item() == pytest.approx(length, rel=1e-3)
 
 
 @pytest.mark.parametrize("change", [
@@ -311,30 +279,14 @@ def test_no_gradient_flows_through_q2_and_the_momentum_encoder(pool):
     assert (of_q[hidden] == 0).all() and (of_q[~hidden] != 0).any() and of_k is None
 
 
-def test_without_positions_tokens_do_not_tell_where_they_lie():
-    encoder, x = build(small("cmae")).encoder, normal(2, 3, 16, 16)
-    order, visible = torch.tensor([3, 0, 2, 1]), torch.tensor([[1, 6, 9, 12]] * 2)
-    mixed = cmae.patchify(x, 4)
-    mixed[:, visible[0]] = mixed[:, visible[0, order]]
-    for positions in (False, True):
-        one, other = (encoder(image, visible, add_positions=positions)[:, 1:]
-                      for image in (x, cmae.unpatchify(mixed, 4)))
-        assert torch.allclose(one[:, order], other, atol=1e-5) != positions
-
-
-def test_the_location_head_starts_at_zero_learns_and_computes_in_float32():
-    model, (x, _) = build(small("cmae", lam_ctr=0.0, lam_con=0.0, heat="features")), two_views()
-    weight, kinds = model.encoder.blocks[0].attn.qkv.weight, []
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+def test_the_location_head_starts_at_zero_and_computes_in_float32():
+    model, kinds = build(small("cmae", lam_ctr=0.0, lam_con=0.0, heat="features")), []
     model.location.register_forward_hook(lambda head, args, p: kinds.append(p.dtype))
-    for step in range(2):
-        optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(x, x)["loss"]
-        loss.backward()
-        assert (loss.item() == 1) == (weight.grad.abs().sum().item() == 0) == (step == 0)
-        optimizer.step()
-    assert kinds == [torch.float32] * 2
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(*two_views())["loss"]
+    loss.backward()
+    assert loss.item() == 1 and kinds == [torch.float32]
+    assert model.location.fc2.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("off", ["lam_ctr", "lam_loc", "lam_con"])
@@ -360,7 +312,7 @@ def test_a_weight_of_0_leaves_its_part_out(off):
 
 # Training
 
-def test_momentum_networks_are_averages_with_a_rising_momentum_or_stand_still(
+def test_momentum_networks_start_equal_and_average_with_a_rising_momentum_or_stand_still(
         few, tmp_path, monkeypatch):
     states, log = [], common.Run.log
 
@@ -369,30 +321,21 @@ def test_momentum_networks_are_averages_with_a_rising_momentum_or_stand_still(
         log(run, *args)
 
     monkeypatch.setattr(common.Run, "log", keep)
-    pairs = {"M_E.blocks.0.attn.qkv.weight": "encoder.blocks.0.attn.qkv.weight",
-             "M_P.weight": "projection.weight"}
+    init = build(small("cmae", seed=7)).encoder.state_dict()
+    torch.save(init, tmp_path / "encoder.pt")
+    name = "blocks.0.attn.qkv.weight"
     for lam in (1.0, 0.0):
-        cfg = small("cmae", warmup=0.0, momentum=0.9, lam_ctr=lam,
-                    out=str(tmp_path / str(lam)))
+        cfg = small("cmae", warmup=0.0, momentum=0.9, lam_ctr=lam, out=str(tmp_path / str(lam)),
+                    init=str(tmp_path / "encoder.pt"))
         cmae.train(cfg)                                     # two steps
-        start = build(cfg).state_dict()
-        for average, name in pairs.items():
-            expected = start[average]
+        for average, one, expected in (
+                (f"M_E.{name}", f"encoder.{name}", init[name]),
+                ("M_P.weight", "projection.weight", build(cfg).projection.weight)):
             for state, m in zip(states, (0.9, 0.95)):       # half-way up to 1
-                expected = m * expected + (1 - m) * state[name] if lam else expected
+                expected = m * expected + (1 - m) * state[one] if lam else expected
                 assert torch.allclose(state[average], expected, atol=1e-7)
-        assert not torch.equal(states[-1]["encoder.norm.weight"], start["encoder.norm.weight"])
+        assert not torch.equal(states[-1][f"encoder.{name}"], init[name])
         states.clear()
-
-
-def test_init_loads_both_encoders(few, tmp_path):
-    cfg = small("cmae", lam_ctr=0.0, out=str(tmp_path / "run"))
-    torch.manual_seed(7)
-    weights = cmae.CMAE(cfg).encoder.state_dict()
-    torch.save(weights, tmp_path / "encoder.pt")
-    cmae.train(replace(cfg, init=str(tmp_path / "encoder.pt")))  # without contrast M_E stays
-    trained = common.load_checkpoint(tmp_path / "run")["model"]
-    assert all(torch.equal(trained[f"M_E.{name}"], value) for name, value in weights.items())
 
 
 DECODERS = ["transformer", "mlp", "conv", "hybrid-mlp", "hybrid-conv"]
@@ -400,22 +343,13 @@ DECODERS = ["transformer", "mlp", "conv", "hybrid-mlp", "hybrid-conv"]
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_every_block_of_a_decoder_trains(decoder):
-    model = build(small("cmae", decoder=decoder, decoder_depth=3, lam_ctr=0.0, lam_loc=0.0,
-                        heat="features"))
+    model = build(small("cmae", decoder=decoder, decoder_depth=3, heat="features"))
     kinds = {"transformer": "Block", "mlp": "MlpBlock", "conv": "ConvBlock"}
     middle = kinds[decoder.removeprefix("hybrid-")]
     outer = kinds.get(decoder, "Block")
     assert [type(block).__name__ for block in model.decoder.blocks] == [outer, middle, outer]
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
-    x = normal(1, 3, 16, 16) + 0.1 * normal(16, 3, 16, 16, seed=1)
-    for _ in range(12):
-        loss = model(x, x)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    model(*two_views())["reconstruction"].backward()
     assert all(p.grad.abs().sum() > 0 for p in model.decoder.blocks.parameters())
-    assert losses[-1] < 0.8 * losses[0], losses
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -448,24 +382,9 @@ def test_the_convolution_is_depthwise_and_skips_the_class_token():
     assert found.item() == pytest.approx(F.gelu(value).item(), abs=1e-5)
 
 
-def test_crops_around_boxes_and_heat_maps_stay_on_their_device(monkeypatch):
-    """On the meta device a value that is read and a stray CPU tensor raise."""
-    autocast = torch.autocast
-    monkeypatch.setattr(torch, "autocast", lambda device, *args, **options: (
-        contextlib.nullcontext() if device == "meta" else autocast(device, *args, **options)))
-    cfg = small("cmae", decoder="hybrid-conv", location_from="content", heat="features")
-    model = build(cfg).to("meta")
+def test_crops_around_boxes_and_heat_maps_stay_on_their_device(no_autocast):
+    cfg = small("cmae")
     images = Images(torch.zeros(8, 3, 16, 16, dtype=torch.uint8, device="meta"))
     views = cmae.views(images, cfg, torch.rand(8, 4))
     assert all(view.device.type == "meta" and view.shape == (8, 3, 16, 16) for view in views)
-    model(*views)["loss"].backward()
-    model.cfg.heat = "attention"
-    assert cmae.semantic_boxes(model.heat(views[0]), cfg.k).shape == (8, 4)
-
-
-@pytest.mark.parametrize("change, name", [
-    ({"crop_every": 0}, "--crop-every"), ({"alpha": 0.0}, "--alpha"), ({"k": 1.5}, "--k"),
-    ({"batch": 1}, "--batch"), ({"lam_ctr": 0.0, "lam_loc": 0.0, "lam_con": 0.0}, "--lam-ctr")])
-def test_settings_out_of_range_are_refused(change, name):
-    with pytest.raises(UserError, match=name):
-        dataclasses.replace(cmae.TINY, **change)
+    assert cmae.semantic_boxes(build(cfg).to("meta").heat(views[0]), cfg.k).shape == (8, 4)

@@ -1,4 +1,4 @@
-"""What several test files use: small configurations, random tensors, trained runs."""
+"""What several test files use: small configurations, random tensors, command lines."""
 import contextlib
 import dataclasses
 import importlib

@@ -1,11 +1,9 @@
 """Tests of eval_linear.py and eval_finetune.py."""
-import importlib
 import json
 import math
 import os
 import signal
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,18 +13,16 @@ import common
 import eval_finetune
 import eval_linear
 from augment import central_crop, normalize
-from conftest import ROOT, build, normal, small
+from conftest import build, normal, small, status
 from images import Images, draw_shapes
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(untrained):
     """The folder of an untrained model's checkpoint."""
-    cfg = small("mvmae", seed=1)
-    common.save_checkpoint(tmp_path, "mvmae", 1, cfg, model=build(cfg))
-    return tmp_path
+    return untrained("mvmae", seed=1)
 
 
 @pytest.fixture
@@ -42,13 +38,6 @@ def shapes(monkeypatch):
     return parts
 
 
-def status(program, *arguments):
-    """The exit status of a program's command line."""
-    with pytest.raises(SystemExit) as ended:
-        program.main([str(argument) for argument in arguments])
-    return ended.value.code
-
-
 # Probes
 
 def test_linear_probe_separates_what_is_separable():
@@ -56,7 +45,6 @@ def test_linear_probe_separates_what_is_separable():
     x = F.one_hot(labels, 5) * 0.5 + 0.02 * normal(600, 5) + torch.tensor([0, 0, 0, 50.0, 0])
     scores = eval_linear.linear_probe(x, labels, x, 3)
     assert eval_linear.accuracy(scores, labels) == 100
-    assert eval_linear.accuracy(-scores, labels) == 0
 
 
 def test_a_feature_that_does_not_vary_contributes_nothing():
@@ -75,30 +63,20 @@ def test_a_feature_that_does_not_vary_contributes_nothing():
 
 
 def test_a_score_that_is_not_finite_is_an_error(run, shapes, monkeypatch, capsys):
-    for value in (torch.nan, torch.inf, -torch.inf):
-        with pytest.raises(FloatingPointError):
-            eval_linear.accuracy(torch.tensor([[0.0, value]]), torch.tensor([0]))
-    monkeypatch.setattr(eval_linear, "linear_probe", lambda *_: torch.full((40, 10), torch.nan))
+    monkeypatch.setattr(eval_linear, "linear_probe", lambda *_: torch.full((40, 10), torch.inf))
     assert status(eval_linear, run, "--no-attentive") == 1
     assert "not finite" in capsys.readouterr().err and not (run / "eval_linear.json").exists()
 
 
-def test_attentive_probe_is_its_formula_and_cross_attention():
-    probe, x = eval_linear.AttentiveProbe(8, 3), normal(4, 5, 8)
+def test_attentive_probe_is_its_formula():
+    probe, x = eval_linear.AttentiveProbe(8, 3).requires_grad_(False), normal(4, 5, 8)
     assert torch.allclose(probe(x), probe.head(x.mean(1)))  # it starts with the mean
-    theirs = torch.nn.MultiheadAttention(8, 1, bias=False, batch_first=True)
-    W_q, W_k, W_v = theirs.in_proj_weight.chunk(3)
-    q = normal(8, seed=1)
-    with torch.no_grad():
-        probe.query.copy_(W_k.T @ (W_q @ q))
-        probe.head = torch.nn.Linear(8, 8, bias=False)
-        probe.head.weight.copy_(theirs.out_proj.weight @ W_v)
-        for b in range(4):
-            weights = [math.exp(float(probe.query @ x[b, t]) / 8 ** 0.5) for t in range(5)]
-            pooled = sum(w * x[b, t] for t, w in enumerate(weights)) / sum(weights)
-            assert torch.allclose(probe(x)[b], probe.head(pooled), atol=1e-5)
-        expected = theirs(q.expand(4, 1, 8), x, x)[0][:, 0]
-        assert torch.allclose(probe(x), expected, atol=1e-5)
+    probe.query.copy_(normal(8, seed=1))
+    probe.head.weight.copy_(normal(3, 8, seed=2))
+    for b in range(4):
+        weights = [math.exp(float(probe.query @ x[b, t]) / 8 ** 0.5) for t in range(5)]
+        pooled = sum(w * x[b, t] for t, w in enumerate(weights)) / sum(weights)
+        assert torch.allclose(probe(x)[b], probe.head(pooled), atol=1e-5)
 
 
 def test_attentive_probe_finds_what_the_mean_hides(monkeypatch):
@@ -110,8 +88,7 @@ def test_attentive_probe_finds_what_the_mean_hides(monkeypatch):
     x[torch.arange(600), position, :3] = 1.5 * F.one_hot(labels, 3).float()
     known, truth = labels[:400], labels[400:]
     scores = eval_linear.attentive_probe(x[:400].half(), known, x[400:].half(), 3)
-    mean = eval_linear.linear_probe(x[:400].mean(1), known, x[400:].mean(1), 3)
-    assert eval_linear.accuracy(scores, truth) > eval_linear.accuracy(mean, truth) + 5
+    assert eval_linear.accuracy(scores, truth) > 90  # a linear probe of the mean: 43
 
 
 def test_tokens_are_standardised_ones_of_the_encoder(shapes):
@@ -168,7 +145,7 @@ def test_protocol_mae_trains_a_layer_behind_batch_norm(run, shapes, monkeypatch)
     assert report["batch"] == 40 and (run / "confusion-mae.png").exists()
 
 
-def test_protocol_mae_sees_new_crops_and_its_batch_norm_standardises(shapes, monkeypatch):
+def test_protocol_mae_sees_new_crops_and_its_batch_norm_standardises(shapes):
     class Args:
         batch, epochs, warmup, lr = 40, 4, 0, 1.0
 
@@ -179,9 +156,7 @@ def test_protocol_mae_sees_new_crops_and_its_batch_norm_standardises(shapes, mon
     seen = []
     queries = Encoder().features(normalize(central_crop(shapes[1], 16)))
     scores = eval_linear.mae_probe(Encoder(), shapes[0], queries, Args, 16, CPU, False)
-    again = eval_linear.mae_probe(Encoder(), shapes[0], queries, Args, 16, CPU, False)
-    assert torch.equal(scores, again) and len(seen) == 1 + 2 * 8
-    assert not any(torch.equal(seen[1], other) for other in seen[2:9])
+    assert len(seen) == 1 + 8 and not any(torch.equal(seen[1], other) for other in seen[2:])
     assert scores.abs().max() < 5  # features of 100 are standardised
 
 
@@ -206,24 +181,6 @@ def test_load_model_reads_runs_checkpoints_and_half_precision(run, capsys):
                   for seed in (None, 2))
     assert torch.equal(own["cls_token"], expected["cls_token"])
     assert not torch.equal(other["cls_token"], expected["cls_token"])
-
-
-def test_a_run_belongs_to_the_file_that_trained_it(tmp_path, monkeypatch):
-    text = (ROOT / "mvmae.py").read_text()
-    (tmp_path / "mine.py").write_text(text.replace("cfg.dim, cfg.depth,", "cfg.dim, 1,", 1))
-    monkeypatch.syspath_prepend(tmp_path)
-    mine = importlib.import_module("mine")
-    cfg = mine.Config(**{**asdict(small("mvmae")), "images": 32, "out": str(tmp_path / "run")})
-    folder = mine.train(cfg)
-    try:
-        model, loaded = eval_linear.load_model(folder)
-        assert len(model.encoder.blocks) == 1 and type(loaded) is mine.Config
-        reference = mine.Encoder(16, 4, 48, 1, 3)
-        reference.load_state_dict(torch.load(folder / "encoder.pt", weights_only=True))
-        x = normal(2, 3, 16, 16)
-        assert torch.equal(model.encoder.features(x), reference.features(x))
-    finally:
-        del sys.modules["mine"]
 
 
 def test_evaluation_writes_what_it_finds(run, shapes, capsys):
@@ -285,22 +242,13 @@ def test_raw_pixels_are_the_crop_between_0_and_1():
 
 @pytest.mark.parametrize("program, command, words", [
     (eval_linear, "{run} --seeds 0", ["--seeds", "positive"]),
-    (eval_linear, "{run} --batch 0", ["--batch", "positive"]),
-    (eval_linear, "{run} --images -1", ["--images", "must be in"]),
-    (eval_linear, "{run}/nowhere", ["nowhere"]),
     (eval_linear, "{run}/foreign.pt", ["foreign.pt", "no_such_method.py"]),
     (eval_linear, "{run}/tuned.pt", ["tuned.pt", "eval_finetune.py"]),
-    (eval_linear, "{run} --protocol mae", ["--batch 16384", "80", "try --batch 80"]),
+    (eval_linear, "{run} --protocol mae", ["--batch 16384", "try --batch 80"]),
     (eval_finetune, "", ["RUN"]),
-    (eval_finetune, "{run}/nowhere", ["nowhere"]),
     (eval_finetune, "{run}", ["--batch 1024", "try --batch 80"]),
     (eval_finetune, "{run} --labels 2", ["--labels", "at most 1"]),
-    (eval_finetune, "{run} --smoothing 1", ["--smoothing", "at most 0.99"]),
-    (eval_finetune, "{run} --drop-path 1", ["--drop-path", "at most 0.99"]),
-    (eval_finetune, "{run} --rand-magnitude 11", ["--rand-magnitude", "at most 10"]),
-    (eval_finetune, "{run} --batch 8 --out {run}", ["--out", "not empty"]),
-    (eval_finetune, "--resume {run}", ["config.json"]),
-])
+    (eval_finetune, "{run} --smoothing 1", ["--smoothing", "at most 0.99"])])
 def test_bad_input_gets_one_line(run, shapes, program, command, words, capsys):
     for name, method in (("foreign", "no_such_method"), ("tuned", "eval_finetune")):
         torch.save({"method": method, "config": {}, "model": {}}, run / f"{name}.pt")
@@ -374,12 +322,11 @@ def test_augmentation_does_what_the_flags_say(shapes):
         return (steps(images, **flags)[1][0] - plain).abs().flatten(1).amax(1) > 0.02
 
     assert 0.3 < changed(rand_prob=0.3).double().mean() < 0.6
-    assert changed(rand_prob=1.0).double().mean() > 0.8
     assert 0.1 < changed(erase=0.25).double().mean() < 0.5
     mixed, soft = steps(images, mixup=0.8)[1]
     lam = soft.gather(1, labels[:, None])[0].clamp(max=1)
-    if labels[0] != labels[-1]:
-        assert torch.allclose(mixed[0], lam * plain[0] + (1 - lam) * plain[-1], atol=1e-5)
+    assert labels[0] != labels[-1]
+    assert torch.allclose(mixed[0], lam * plain[0] + (1 - lam) * plain[-1], atol=1e-5)
     assert torch.allclose(soft.sum(1), torch.ones(40)) and (soft.amax(1) < 1).any()
     cut, soft = steps(images, cutmix=1.0)[1]
     same = (cut == plain).all(1).double().mean((1, 2))
@@ -393,11 +340,8 @@ def test_recipes_are_the_published_ones():
                  "mix_prob": 1.0, "erase": 0.25, "smoothing": 0.1, "drop_path": 0.1, "lr": 5e-4,
                  "layer_decay": 0.65, "wd": 0.05, "warmup": 5, "epochs": 100, "batch": 1024}
     assert {name: getattr(mae, name) for name in published} == published
-    assert eval_finetune.RECIPES["mae"] == {}
     mvmae = replace(mae, **eval_finetune.RECIPES["mvmae"])
     assert (mvmae.epochs, mvmae.batch, mvmae.mixup, mvmae.mix_prob) == (100, 512, 0.8, 0.8)
-    plain = replace(mae, **eval_finetune.RECIPES["plain"])
-    assert (plain.rand_prob, plain.mix_prob, plain.erase, plain.drop_path) == (0, 0, 0, 0)
 
 
 def tune(run, out, *flags):

@@ -34,16 +34,10 @@ def test_contrastive_losses_equal_the_printed_sums(tau):
             p = product(1, i, 2, i)
             dcl.append(-p + math.log(U))  # Eq. 9 with Eq. 8
             nce.append(-math.log(math.exp(p) / (math.exp(p) + U)))  # Eq. 7
-    assert mclim.dcl_loss(z[1], z[2], tau).item() == pytest.approx(sum(dcl) / 10, rel=1e-5)
-    assert mclim.info_nce_loss(z[1], z[2], tau).item() == pytest.approx(sum(nce) / 10, rel=1e-5)
-
-
-@pytest.mark.parametrize("loss", [mclim.dcl_loss, mclim.info_nce_loss])
-def test_contrastive_losses_are_in_float32_under_autocast(loss):
-    z1, z2 = normal(8, 16), normal(8, 16, seed=1)
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = loss(z1, z2, 0.1)
-    assert torch.equal(inside, loss(z1, z2, 0.1))
+    for loss, terms in ((mclim.dcl_loss, dcl), (mclim.info_nce_loss, nce)):
+        with torch.autocast("cpu", torch.bfloat16):  # the losses are in float32
+            found = loss(z[1], z[2], tau).item()
+        assert found == pytest.approx(sum(terms) / 10, rel=1e-5)
 
 
 def test_a_patch_is_masked_where_its_block_is():

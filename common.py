@@ -127,7 +127,6 @@ def read_config(folder, method=None):
 def run_program(file, doc, Config, TINY, train, argv=None):
     """Runs train(Config of the flags `argv`). Exits with one line and status 2 after a UserError
     or OSError, with status 1 if the loss is not finite."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # None if closed
     parser = make_parser(file, doc, Config, TINY)
     typed = vars(parser.parse_args(argv))
     try:
@@ -240,8 +239,9 @@ def extract_features(encoder, images, img, device, amp=True):
     for ids in torch.arange(len(images)).split(250):
         batch = images[ids]
         batch.pixels = batch.pixels.to(device)
+        x = normalize(central_crop(batch, img))
         with autocast(device, amp):
-            rows.append(encoder.features(normalize(central_crop(batch, img))).float())
+            rows.append(encoder.features(x).float())
     return torch.cat(rows)
 
 
@@ -405,8 +405,9 @@ class Run:
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.count += 1
-        rest = self.step % self.per_epoch % self.cfg.log_every
-        if rest and self.step < self.steps and not (self.signal and self.world == 1):
+        in_epoch = self.step % self.per_epoch  # 0 at its end
+        due = in_epoch % self.cfg.log_every == 0 or self.step == self.steps
+        if not due and not (self.signal and self.world == 1):
             return
         means = {name: float(total) / self.count for name, total in self.sums.items()}
         if not all(math.isfinite(value) for value in means.values()):
@@ -433,11 +434,11 @@ class Run:
         return self.step % self.per_epoch == 0 or self.step == self.steps or self.interrupted
 
     def save(self, step):
-        """Writes last.pt and encoder.pt."""
+        """Writes encoder.pt, then last.pt."""
         if self.rank == 0:
-            save_checkpoint(self.folder, self.method, step + 1, self.cfg, **self.parts)
             weights = self.parts["model"].encoder.state_dict()
             save_file({name: weights[name].cpu() for name in weights}, self.folder / "encoder.pt")
+            save_checkpoint(self.folder, self.method, step + 1, self.cfg, **self.parts)
         self.clock = time.time()
 
     def evaluate(self, train, test):

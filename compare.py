@@ -35,7 +35,7 @@ from speed import config_of, gflop_per_image, load_method
 
 SCORES = {"knn_top1": "kNN %", "linear_top1": "linear %", "attentive_top1": "attentive %",
           "rank": "effective rank"}
-Job = namedtuple("Job", "row cfg folder steps")  # a run and its number of steps
+Job = namedtuple("Job", "row cfg folder steps")  # a run
 
 
 def read_rows(text):
@@ -97,7 +97,7 @@ def plan(rows, flags, args):
 
 
 def read_scores(job):
-    """The scores of a run, or None if it is not trained and then evaluated."""
+    """Scores of a run, or None if it is not trained and evaluated."""
     try:
         with open(job.folder / "metrics.csv", newline="") as file:
             trained = str(job.steps) in [row["step"] for row in csv.DictReader(file)]
@@ -107,7 +107,7 @@ def read_scores(job):
         found = report["percent"]["trained encoder"]
         found["rank"] = report["effective_rank"]["trained encoder"]
         done = trained and newest and report["images"] == job.cfg.images
-        return {name: found[name] for name in SCORES} if done else None
+        return {name: found.get(name, math.nan) for name in SCORES} if done else None
     except (FileNotFoundError, ValueError, KeyError):
         return None
 
@@ -146,7 +146,7 @@ def pooled_deviation(values):
 
 
 def p_value(values, row, baseline):
-    """p of a row against the baseline; NaN for the baseline itself or without any variance."""
+    """p of a row against the baseline; NaN for the baseline and without variance."""
     deviation, df = pooled_deviation(values)
     if row == baseline or baseline not in values or not deviation > 0:
         return math.nan
@@ -180,11 +180,12 @@ def write_table(out, jobs, results, baseline):
             line += f"{cell:25}"
         lines.append(line.rstrip())
     pooled = [pooled_deviation(values) for values in scores.values()]
-    lines += [f"{'pooled deviation':{width + 7}}" + "".join(f"{s:<25.2f}" for s, _ in pooled), "",
-              "Mean ± standard deviation over seeds. p: two-sided Student's t against "
-              f"{baseline}, with the variance", f"pooled over all rows, {pooled[0][1]} degrees of "
-              "freedom; * p < 0.01, not corrected for multiple comparisons.", ""]
-    text = "\n".join(lines)
+    if pooled[0][1]:  # a row has two seeds
+        lines += [f"{'pooled deviation':{width + 7}}" + "".join(f"{s:<25.2f}" for s, _ in pooled),
+                  "", "Mean ± standard deviation over seeds. p: two-sided Student's t against "
+                  f"{baseline}, variance", f"pooled over all rows, {pooled[0][1]} degrees of "
+                  "freedom; * p < 0.01, uncorrected."]
+    text = "\n".join(lines) + "\n"
     Path(out, "table.txt").write_text(text, encoding="utf-8")
     with open(Path(out, "table.csv"), "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, records[0])

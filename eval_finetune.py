@@ -4,8 +4,8 @@
     python eval_finetune.py RUN --labels 0.01     1 % of the labels of each class
     torchrun --nproc-per-node 8 eval_finetune.py RUN --batch 128    batch 1024
 
---recipe mae is that of FINETUNE.md in MAE's code for ViT-B; mvmae is Multi-View MAE's §4.1.2 (100
-epochs, batch 512, mixup with probability 0.8, RandAugment), for the rest MAE's paper, Table 9.
+--recipe mae is that of FINETUNE.md in MAE's code for ViT-B; mvmae is Multi-View MAE's §4.1.2, with
+the rest from Table 9 of MAE's paper, without CutMix.
 What differs from MAE's code, which uses timm: RandAugment's strength has no noise (mstd0.5), and
 operations are torchvision's; the learning rate ends at 0, not 1e-6; test images are resized
 linearly; the encoder keeps its norm and pooling; positions are not trained.
@@ -37,8 +37,8 @@ from plots import plot_confusion, plot_curves
 
 RECIPES = {  # flags that --recipe sets
     "mae": {},
-    "mvmae": {"batch": 512, "rand_prob": 1.0, "rand_magnitude": 3.0, "mix_prob": 0.8,
-              "cutmix": 0.0, "erase": 0.0, "lr": 1e-3, "layer_decay": 0.75},
+    "mvmae": {"batch": 512, "mix_prob": 0.8, "cutmix": 0.0, "erase": 0.0, "lr": 1e-3,
+              "layer_decay": 0.75},
     "plain": {"batch": 64, "rand_prob": 0.0, "mix_prob": 0.0, "erase": 0.0, "smoothing": 0.0,
               "drop_path": 0.0, "crop_min": 0.4, "lr": 2e-3, "layer_decay": 0.75, "epochs": 10.0},
 }
@@ -174,8 +174,10 @@ def layer_groups(model, wd, decay):
         elif layer == len(names):
             layer = last
         plain = p.ndim < 2 or "token" in name or "pos" in name
-        group = {"params": [], "weight_decay": 0 if plain else wd, "scale": decay ** (last - layer)}
-        groups.setdefault((layer, plain), group)["params"].append(p)
+        if (layer, plain) not in groups:
+            groups[layer, plain] = {"params": [], "weight_decay": 0 if plain else wd,
+                                    "scale": decay ** (last - layer)}
+        groups[layer, plain]["params"].append(p)
     return list(groups.values())[::-1]  # metrics.csv has the head's rate
 
 

@@ -52,13 +52,13 @@ def load_model(run, trained=True, seed=None):
     method = state["method"]
     try:
         module = importlib.import_module(method)
-        Config, Model, config = module.Config, module.Model, state["config"]
+        Config, Model, saved = module.Config, module.Model, state["config"]
     except (ImportError, AttributeError, KeyError) as error:
         raise UserError(f"{run}: no model of {method}.py: {error}") from error
-    known = {field.name for field in dataclasses.fields(Config)} & set(config)
-    if known < set(config):
-        print(f"{run}: {method}.py no longer has {', '.join(sorted(set(config) - known))}")
-    cfg = Config(**{name: config[name] for name in known})
+    known = {field.name for field in dataclasses.fields(Config)} & set(saved)
+    if known < set(saved):
+        print(f"{run}: {method}.py no longer has {', '.join(sorted(set(saved) - known))}")
+    cfg = Config(**{name: saved[name] for name in known})
     torch.manual_seed(cfg.seed if seed is None else seed)
     model = Model(cfg)
     if trained:
@@ -90,8 +90,9 @@ def extract_tokens(encoder, images, img, device, amp=True, like=None):
     def encode(ids):
         batch = images[ids]
         batch.pixels = batch.pixels.to(device)
+        x = normalize(central_crop(batch, img))
         with autocast(device, amp):
-            return encoder.tokens(normalize(central_crop(batch, img))).float()
+            return encoder.tokens(x).float()
     N = len(images)
     few = encode(torch.linspace(0, N - 1, min(N, 250)).long())
     mean, scale = like or standardization(few)
@@ -269,8 +270,8 @@ def evaluate(args):
             line += f", {column.replace('_', ' ')} {percent[name][column]}{deviation} %"
         print(line, flush=True)
 
-    words = (args.protocol.replace("own", ""), args.data.strip("/").replace("/", "-"))
-    suffix = "".join(f"-{word}" for word in words if word)
+    suffix = "-mae" if args.protocol == "mae" else ""
+    suffix += f"-{Path(args.data).resolve().name}" if args.data else ""
     folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
     report = {**vars(args), "data": cfg.data, "percent": percent, "effective_rank": ranks}
     (folder / f"eval_linear{suffix}.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -18,8 +18,9 @@ def plot_curves(file, rows):
         points = [(float(row["epoch"]), float(row[name])) for row in rows
                   if row.get(name) not in (None, "")]
         if points:
-            head, _, last = name.rpartition(" ")
-            panels[head if len(last) < 3 and head else name][name] = points
+            title, _, last = name.rpartition(" ")
+            shared = title and len(last) < 3  # "reconstruction s" of two branches, "p 3" of heads
+            panels[title if shared else name][name] = points
     columns = min(5, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(3.2 * columns, 2.8 * lines), layout="constrained")
@@ -62,7 +63,7 @@ def plot_images(file, rows, names=(), legend=None):
 
 
 def denormalize(image):
-    """The inverse of common.normalize, clipped to 0…1, as float32 on the CPU: (3, H, W)."""
+    """The inverse of augment.normalize, clipped to 0…1, as float32 on the CPU: (3, H, W)."""
     mean, std = torch.tensor([MEAN, STD])[..., None, None]
     return (image.float().cpu() * std + mean).clamp(0, 1)
 

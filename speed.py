@@ -5,7 +5,7 @@
     python speed.py mclim --tiny --compile       the compiled model
 
 Prints images/s; each rate is the median of at least three calls and five seconds, after two calls:
-  reading    batches of random uint8 images, taken from memory and copied to the device
+  reading    batches of random uint8 images, copied to the device or, if they fit, indexed there
   views      the two views of each image
   step       forward, backward and AdamW on random views, in the precision that training uses;
              without the moving averages that some methods update

@@ -155,8 +155,8 @@ def test_a_process_without_torchrun_is_alone(monkeypatch):
 
 def test_a_notebooks_backend_does_not_matter(tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-    flags = "--tiny --data shapes --images 16 --batch 16 --dim 24 --depth 1 --epochs 1 --out".split()
-    done = program("mvmae.py", *flags, tmp_path / "run")
+    flags = "--tiny --data shapes --images 16 --batch 16 --dim 24 --depth 1 --epochs 1 --out"
+    done = program("mvmae.py", *flags.split(), tmp_path / "run")
     assert done.returncode == 0 and (tmp_path / "run" / "encoder.pt").exists(), done.stderr
 
 

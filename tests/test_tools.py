@@ -79,7 +79,7 @@ def test_speed_prints_rates_of_a_compiled_model(method, monkeypatch, capsys):
 
 # eval_dense.py
 
-def test_iou_is_intersection_over_union_without_ignored_pixels():
+def test_iou_leaves_ignored_pixels_out():
     truth, guess = torch.randint(4, (3, 5, 6)).byte(), torch.randint(5, (3, 5, 6)).byte()
     truth[0, :2] = 255
     iou = eval_dense.intersection_over_union(eval_dense.count_pixels(truth, guess, 6, 255))
@@ -396,7 +396,7 @@ def test_the_table(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("tool, command, words", [
     (speed, "nothing --tiny", "nothing.py does not exist"),
-    (speed, "common", "no class Model"),
+    (speed, "common", "no class Model"), (speed, "mvmae --tua 1", "--tua"),
     (eval_dense, "{run} --data {tmp}", "images/training"),
     (show, "{run} --images 0", "--images 0"),
     (show, "{run} --folder {tmp}/nowhere", "nowhere is not a folder"),

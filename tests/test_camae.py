@@ -71,9 +71,9 @@ def test_heads_are_drawn_by_p_and_the_same_in_all_processes_equation_5(monkeypat
         seed_step(0, 7, rank)
         assert [plb.draw(0, step).item() for step in range(20)] == heads[:20]
     assert heads[:100] != [plb.draw(1, step).item() for step in range(100)]
-    for u, m in ((0, 1), (1, 3)):                                   # p of head 0 is 0; p may add
-        monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.full((1,), float(u)))
-        assert plb.draw(0, 0) == m                                  # up to less than 1
+    for u, m in ((0.0, 1), (1.0, 3)):  # not head 0, whose p is 0; p may add up to less than 1
+        monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([u]))
+        assert plb.draw(0, 0) == m
 
 
 def test_plb_gathers_an_epoch_and_an_undrawn_head_keeps_its_loss():

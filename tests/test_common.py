@@ -13,13 +13,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
 import common
+import eval_linear
 import mvmae
+from augment import central_crop, normalize
 from common import Batches, Run, RunConfig, UserError, load_checkpoint, load_encoder
 from conftest import METHODS, ROOT, build, every_method, normal, program, slow, small, status
 from images import Images, load_images
@@ -229,6 +232,18 @@ def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(monkeypatch, nati
     assert not common.autocast(torch.device("cuda"), amp=False)
 
 
+def test_images_are_cropped_in_float32_under_autocast(monkeypatch):
+    images = load_images("shapes", "test", 18)[torch.arange(4)]
+    expected = normalize(central_crop(images, 16))
+    for module in (common, eval_linear):
+        monkeypatch.setattr(module, "autocast",
+                            lambda device, amp: torch.autocast("cpu", torch.bfloat16))
+    seen = SimpleNamespace(features=lambda x: x.flatten(1), tokens=lambda x: x.flatten(2).mT)
+    assert torch.equal(common.extract_features(seen, images, 16, CPU), expected.flatten(1))
+    tokens, _ = eval_linear.extract_tokens(seen, images, 16, CPU, like=(0, 1))
+    assert torch.equal(tokens, expected.flatten(2).mT.half())
+
+
 # Checkpoints
 
 @pytest.fixture
@@ -371,6 +386,16 @@ def test_the_first_signal_finishes_the_step_and_the_second_ends_the_program(run,
         run.finish()
     assert stop.value.code == 128 + signal.SIGTERM
     assert ("--resume" in capfd.readouterr().out) == (step < 19)
+
+
+def test_encoder_pt_is_never_older_than_last_pt(run, monkeypatch):
+    def killed(*args, **parts):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.save(0)
+    assert (run.folder / "encoder.pt").exists() and not (run.folder / "last.pt").exists()
 
 
 @pytest.mark.parametrize("kind", ["no test images", "no labels", "labels"])

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -583,3 +584,17 @@ def test_views_need_few_copies_to_the_device(method):
     with Count():
         sys.modules[type(cfg).__module__].views(images, cfg)
     assert 1 <= sum(device is not None and device.type == "meta" for device in copies) <= 12
+
+
+@slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@every_method
+def test_a_compiled_run_has_the_losses_of_the_uncompiled(method, tmp_path):
+    flags = ("--tiny --data shapes --img 16 --dim 48 --depth 2 --images 64 --batch 16 --epochs 2 "
+             "--eval-every 0 --log-every 1 --no-amp").split()
+    runs = {"plain": [], "compiled": ["--compile"]}
+    for name, more in runs.items():
+        done = program(f"{method}.py", *flags, *more, "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    plain, compiled = ([float(row["loss"]) for row in rows_of(tmp_path / name)] for name in runs)
+    assert len(plain) == 8 and compiled == pytest.approx(plain, rel=1e-4)

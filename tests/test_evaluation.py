@@ -12,11 +12,13 @@ import torch.nn.functional as F
 import common
 import eval_finetune
 import eval_linear
+import show
 from augment import central_crop, normalize
-from conftest import build, normal, small, status
+from conftest import ROOT, build, normal, small, status
 from images import Images, draw_shapes
 
 CPU = torch.device("cpu")
+WEIGHTS = sorted(ROOT.glob("weights/*.pt"))
 
 
 @pytest.fixture
@@ -163,6 +165,22 @@ def test_protocol_mae_sees_new_crops_and_its_batch_norm_standardises(shapes):
 
 
 # load_model and the program
+
+def test_weights_have_at_most_40_mb():
+    assert WEIGHTS and sum(file.stat().st_size for file in WEIGHTS) <= 40e6
+
+
+@pytest.mark.parametrize("file", WEIGHTS, ids=lambda file: file.stem)
+def test_weights_load_as_a_model_and_as_an_initial_encoder(file, tmp_path):
+    (model, cfg), (untrained, _) = (eval_linear.load_model(file, trained) for trained in (1, 0))
+    assert (cfg.data, cfg.out, cfg.resume) == ("cifar10", "", "")
+    x, encoder = normal(4, 3, cfg.img, cfg.img), build(cfg).encoder
+    common.load_encoder(encoder, file)
+    features, others, random = (e.eval().features(x) for e in (model.encoder, encoder,
+                                                               untrained.encoder))
+    assert torch.equal(features, others) and not torch.allclose(features, random, atol=0.1)
+    show.main([str(file), "--data", "shapes", "--out", str(tmp_path / "show.png")])
+
 
 def test_load_model_reads_runs_checkpoints_and_half_precision(run, capsys):
     cfg = small("mvmae", seed=1)

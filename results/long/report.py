@@ -1,0 +1,113 @@
+"""Collects the finished runs of the long comparison; README.md has the commands of the runs.
+
+    python -m results.long.report
+
+For each row of rows.txt and each seed in runs/long: copies config.json and metrics.csv to
+results/long/ROW-SEED and adds a line to scores.csv. Writes the models of seed 0 to weights/ and the
+picture knn.png.
+"""
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from common import load_checkpoint
+from compare import folder_name, read_rows
+
+ROOT = Path(__file__).parents[2]
+COPIES = {"F2": "encoder", "T2": "T1", "M_E": "encoder", "M_P": "projection", "f_xi": "encoder",
+          "g_xi": "g", "momentum_encoder": "encoder", "momentum_projector": "projector"}
+PROBES = ("knn", "linear", "attentive")
+FINETUNED = {"finetune_all": "all", "finetune_1_percent": "0.01"}  # column → end of the folder
+
+
+def export_model(run, file):
+    """Writes the model of a run to `file` in half precision, for load_model.
+
+    Momentum copies are replaced by the networks that they are averages of, which torch.save then
+    stores once.
+    """
+    state = load_checkpoint(run)
+    half = {name: value.half() for name, value in state["model"].items()}
+    for name in half:
+        part, _, parameter = name.partition(".")
+        if part in COPIES:
+            half[name] = half[f"{COPIES[part]}.{parameter}"]
+    config = {**state["config"], "data": "cifar10", "out": "", "resume": ""}  # for any machine
+    torch.save({"method": state["method"], "config": config, "model": half}, file)
+
+
+def probe_scores(run, encoder="trained encoder"):
+    """kNN, linear and attentive top-1 in percent, and effective rank, from eval_linear.json."""
+    report = json.loads((run / "eval_linear.json").read_text())
+    percent = {name: report["percent"][encoder][f"{name}_top1"] for name in PROBES}
+    return {**percent, "rank": report["effective_rank"][encoder]}
+
+
+def finetune_scores(run):
+    """Top-1 in percent of the fine-tunings RUN-all and RUN-0.01 that exist."""
+    files = {name: run.with_name(f"{run.name}-{labels}") / "eval_finetune.json"
+             for name, labels in FINETUNED.items()}
+    return {name: json.loads(file.read_text())["percent"]["top1"]
+            for name, file in files.items() if file.exists()}
+
+
+def read_knn(metrics):
+    """Epochs, and kNN top-1 in percent after each, from metrics.csv."""
+    with open(metrics, newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line.get("knn")]
+    return [float(line["epoch"]) for line in lines], [100 * float(line["knn"]) for line in lines]
+
+
+def draw_knn(out, rows):
+    """Draws kNN over epochs of seed 0 of all rows that are collected."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        metrics = out / f"{folder_name(row)}-0" / "metrics.csv"
+        if metrics.exists():
+            axes.plot(*read_knn(metrics), marker=".", label=row)
+    axes.set(xlabel="epoch", ylabel="kNN top-1 in %, 1,000 test images")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(out / "knn.png", dpi=120)
+
+
+def main():
+    """Reads runs/long; writes results/long and weights. Runs that are not finished are left out."""
+    runs, out = ROOT / "runs/long", ROOT / "results/long"
+    rows, scores = read_rows((out / "rows.txt").read_text()), {}
+    if (out / "scores.csv").exists():
+        with open(out / "scores.csv", newline="") as file:
+            scores = {(line["row"], line["seed"]): line for line in csv.DictReader(file)}
+    for row in rows:
+        for run in sorted(runs.glob(f"{folder_name(row)}-[0-9]")):
+            facts, epochs = json.loads((run / "config.json").read_text()), []
+            if (run / "metrics.csv").exists():
+                epochs, _ = read_knn(run / "metrics.csv")
+            if facts["config"]["epochs"] not in epochs:
+                continue
+            (out / run.name).mkdir(exist_ok=True)
+            for name in ("config.json", "metrics.csv"):
+                shutil.copy(run / name, out / run.name)
+            seed = str(facts["config"]["seed"])
+            line, random = scores.get((row, seed), {}), scores.get(("random weights", seed), {})
+            scores[row, seed] = {**line, "row": row, "seed": seed, "commit": facts["git"][:7],
+                                 **probe_scores(run), **finetune_scores(run)}
+            scores["random weights", seed] = {
+                **probe_scores(run, "untrained encoder"), **random, "row": "random weights",
+                "seed": seed, **finetune_scores(runs / f"random-weights-{seed}")}
+            if seed == "0":
+                export_model(run, ROOT / "weights" / f"{folder_name(row)}.pt")
+    with open(out / "scores.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["row", "seed", "commit", *PROBES, "rank", *FINETUNED])
+        writer.writeheader()
+        writer.writerows(scores[key] for key in sorted(scores))
+    draw_knn(out, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -588,7 +588,7 @@ def test_views_need_few_copies_to_the_device(method):
 
 @slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-@every_method
+@pytest.mark.parametrize("method", ["mvmae", "camae"])
 def test_a_compiled_run_has_the_losses_of_the_uncompiled(method, tmp_path):
     flags = ("--tiny --data shapes --img 16 --dim 48 --depth 2 --images 64 --batch 16 --epochs 2 "
              "--eval-every 0 --log-every 1 --no-amp").split()
@@ -596,5 +596,6 @@ def test_a_compiled_run_has_the_losses_of_the_uncompiled(method, tmp_path):
     for name, more in runs.items():
         done = program(f"{method}.py", *flags, *more, "--out", tmp_path / name)
         assert done.returncode == 0, done.stderr
-    plain, compiled = ([float(row["loss"]) for row in rows_of(tmp_path / name)] for name in runs)
+    plain, compiled = ([float(row["loss"]) for row in rows_of(tmp_path / name) if row["loss"]]
+                       for name in runs)
     assert len(plain) == 8 and compiled == pytest.approx(plain, rel=1e-4)

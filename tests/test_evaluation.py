@@ -16,6 +16,7 @@ import show
 from augment import central_crop, normalize
 from conftest import ROOT, build, normal, small, status
 from images import Images, draw_shapes
+from results.long import report
 
 CPU = torch.device("cpu")
 WEIGHTS = sorted(ROOT.glob("weights/*.pt"))
@@ -180,6 +181,23 @@ def test_weights_load_as_a_model_and_as_an_initial_encoder(file, tmp_path):
                                                                untrained.encoder))
     assert torch.equal(features, others) and not torch.allclose(features, random, atol=0.1)
     show.main([str(file), "--data", "shapes", "--out", str(tmp_path / "show.png")])
+
+
+@pytest.mark.parametrize("method, changes, copies", [
+    ("mclim", {"target": "momentum"}, ["F2", "T2"]), ("cmae", {}, ["M_E", "M_P"]),
+    ("macrl", {"keys": "momentum"}, ["f_xi", "g_xi"]),
+    ("camae", {}, ["momentum_encoder", "momentum_projector"])])
+def test_an_exported_model_stores_no_momentum_copies(untrained, method, changes, copies, tmp_path):
+    run, file = untrained(method, **changes), tmp_path / "model.pt"
+    report.export_model(run, file)
+    model, _ = eval_linear.load_model(file)
+    for copy in copies:
+        online = model.get_submodule(report.COPIES[copy]).state_dict()
+        for name, value in model.get_submodule(copy).state_dict().items():
+            assert torch.equal(value, online[name])
+    stored = {value.data_ptr() for value in torch.load(file, weights_only=True)["model"].values()}
+    assert len(stored) == len(model.state_dict()) - sum(
+        len(model.get_submodule(copy).state_dict()) for copy in copies)
 
 
 def test_load_model_reads_runs_checkpoints_and_half_precision(run, capsys):

@@ -71,6 +71,7 @@ def draw_knn(out, rows):
         if metrics.exists():
             axes.plot(*read_knn(metrics), marker=".", label=row)
     axes.set(xlabel="epoch", ylabel="kNN top-1 in %, 1,000 test images")
+    axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(out / "knn.png", dpi=120)

@@ -77,31 +77,42 @@ def draw_knn(out, rows):
     figure.savefig(out / "knn.png", dpi=120)
 
 
+def collect(run, row, scores):
+    """Copies the log of a finished run and adds its scores and those of its untrained encoder."""
+    facts = json.loads((run / "config.json").read_text())
+    seed, out = str(facts["config"]["seed"]), Path(__file__).parent / run.name
+    out.mkdir(exist_ok=True)
+    for name in ("config.json", "metrics.csv"):
+        shutil.copy(run / name, out)
+    own = {"row": row, "seed": seed, "commit": facts["git"][:7]}
+    scores[row, seed] = {**scores.get((row, seed), {}), **own, **probe_scores(run),
+                         **finetune_scores(run)}
+    key = "random weights", seed
+    if key not in scores:  # the probes of the first finished row
+        untrained = probe_scores(run, "untrained encoder")
+        scores[key] = {"row": "random weights", "seed": seed, **untrained}
+    scores[key].update(finetune_scores(run.with_name(f"random-weights-{seed}")))
+
+
+def is_finished(run):
+    """Whether the last epoch of a run has been evaluated."""
+    metrics, facts = run / "metrics.csv", json.loads((run / "config.json").read_text())
+    return metrics.exists() and facts["config"]["epochs"] in read_knn(metrics)[0]
+
+
 def main():
     """Reads runs/long; writes results/long and weights. Runs that are not finished are left out."""
-    runs, out = ROOT / "runs/long", ROOT / "results/long"
+    out = ROOT / "results/long"
     rows, scores = read_rows((out / "rows.txt").read_text()), {}
     if (out / "scores.csv").exists():
         with open(out / "scores.csv", newline="") as file:
             scores = {(line["row"], line["seed"]): line for line in csv.DictReader(file)}
     for row in rows:
-        for run in sorted(runs.glob(f"{folder_name(row)}-[0-9]")):
-            facts, epochs = json.loads((run / "config.json").read_text()), []
-            if (run / "metrics.csv").exists():
-                epochs, _ = read_knn(run / "metrics.csv")
-            if facts["config"]["epochs"] not in epochs:
+        for run in sorted((ROOT / "runs/long").glob(f"{folder_name(row)}-[0-9]")):
+            if not is_finished(run):
                 continue
-            (out / run.name).mkdir(exist_ok=True)
-            for name in ("config.json", "metrics.csv"):
-                shutil.copy(run / name, out / run.name)
-            seed = str(facts["config"]["seed"])
-            line, random = scores.get((row, seed), {}), scores.get(("random weights", seed), {})
-            scores[row, seed] = {**line, "row": row, "seed": seed, "commit": facts["git"][:7],
-                                 **probe_scores(run), **finetune_scores(run)}
-            scores["random weights", seed] = {
-                **probe_scores(run, "untrained encoder"), **random, "row": "random weights",
-                "seed": seed, **finetune_scores(runs / f"random-weights-{seed}")}
-            if seed == "0":
+            collect(run, row, scores)
+            if run.name.endswith("-0"):
                 export_model(run, ROOT / "weights" / f"{folder_name(row)}.pt")
     with open(out / "scores.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, ["row", "seed", "commit", *PROBES, "rank", *FINETUNED])

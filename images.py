@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, used for every data set
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for all data sets
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 DOWNLOADS = {"cifar10": torchvision.datasets.CIFAR10.url,
              "cifar100": torchvision.datasets.CIFAR100.url,
@@ -78,7 +78,7 @@ def load_images(data, split, side, root="data", seed=0):
         if data in DOWNLOADS:
             return download(data, split, side, root)
         return load_folder(Path(data), split, side, Path(root))
-    finally:  # also after an error
+    finally:
         if dist.is_initialized() and not waits:
             dist.barrier()
 
@@ -104,7 +104,7 @@ def download(data, split, side, root):
             labels = torch.tensor(source.targets)
     except (OSError, RuntimeError) as error:
         raise UserError(f"--data {data}: cannot download {DOWNLOADS[data]} to {root} ({error}); "
-                        "try --data shapes or --data FOLDER") from error
+                        "try --data shapes") from error
     if data == "tiny-imagenet":
         return load_folder(folder, split, side, Path(root))
     if side < pixels.shape[-1]:
@@ -156,7 +156,7 @@ def readable(path):
 def load_folder(folder, split, side, root):
     """Images of train/CLASS/… and test/CLASS/… or val/CLASS/…, decoded once into root/cache.
 
-    The test split is the first of test and val that has labelled images. Without train/, all
+    The test split is the first of test and val that has labelled images. Without all three, all
     images are for training. Labels need at least two classes. Raises UserError.
     """
     if not folder.is_dir():
@@ -168,6 +168,8 @@ def load_folder(folder, split, side, root):
         raise UserError(f"--data {folder}: {place} holds no images")
     names = class_names(files, place)
     classes = sorted(set(names) - {""})
+    if place == folder and {"test", "val"} & set(classes):
+        raise UserError(f"--data {folder}: train/ holds no images")
     if split == "test" and place == folder:
         return None
     if split == "test":
@@ -218,20 +220,20 @@ def read_cache(cache, count):
 
 
 def largest_side(files):
-    """The largest shorter side among about 100 image files: no need to store them larger."""
+    """The largest shorter side among about 100 image files."""
     sides = []
     for file in files[::len(files) // 100 + 1]:
         try:
             with Image.open(file) as image:
                 sides.append(min(image.size))
-        except Exception:  # decode() will name it
+        except Exception:  # decode names it
             continue
     return max(sides, default=1)
 
 
 def decode(files, place, side, target):
     """Writes image files as uint8 (N, 3, side, side) to `target`; returns their aspect (N,).
-    Raises UserError, which names the unreadable ones."""
+    Raises UserError."""
     pixels = np.lib.format.open_memmap(target, "w+", np.uint8, (len(files), 3, side, side))
     if hasattr(os, "posix_fallocate"):  # a full disk is an OSError here, and a crash later
         with open(target, "r+b") as file:
@@ -272,7 +274,7 @@ def read_image(file, side):
     image.load()
     try:
         image = ImageOps.exif_transpose(image)
-    except Exception:  # damaged metadata of good pixels
+    except Exception:  # damaged metadata
         pass
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")

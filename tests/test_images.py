@@ -254,6 +254,15 @@ def test_images_without_classes_are_for_training(folder):
         load(folder, "test")
 
 
+def test_images_for_testing_are_no_training_images(folder):
+    os.rename(folder / "train", folder.parent / "aside")
+    for name in ("val", "test"):
+        os.rename(folder / "test", folder / name)
+        with pytest.raises(UserError, match="train/ holds no images"):
+            load(folder)
+        os.rename(folder / name, folder / "test")
+
+
 def test_tiny_imagenets_annotations(folder):
     os.rename(folder / "test", folder.parent / "aside")
     for i in range(3):

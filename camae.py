@@ -26,7 +26,7 @@ all of p. Others: --predictor, --momentum, --freeze-patch, --norm-pixels, --lr. 
     python camae.py --tiny --data shapes                           a first look on a laptop
     python eval_linear.py runs/camae-DATE-TIME                     accuracy
 Not yet run on a GPU. --tiny --images 2500 --epochs 1 --no-amp --log-every 1 on CIFAR-10 (JPEG)
-and one thread: loss 6.931 in the first row and 5.388 in the last.
+and one thread: loss 6.931 in step 1 and 5.388 in the last.
 """
 import copy
 import math

@@ -26,7 +26,7 @@ bank. papers/macrl.md lists every choice.
     python eval_linear.py runs/macrl-DATE-TIME   accuracy; eval_finetune.py: fine-tuned
 
 Not yet run on a GPU. With --tiny --images 5000 --epochs 1 on CIFAR-10 (JPEG) the loss is 5.843 in
-step 0 and 4.463 on average in the last 19 steps; papers/macrl.md has the command.
+step 1 and 4.463 on average in the last 19 steps; papers/macrl.md has the command.
 """
 import copy
 import math

@@ -26,7 +26,7 @@ MCLim "degenerates to the MOCO V3 algorithm", §3.2.3), --lr, --tau, --norm-pixe
     python mclim.py --tiny --data shapes            a first look on a laptop
     python eval_finetune.py runs/mclim-DATE-TIME    accuracy
 
-With --tiny --images 5000 --epochs 1 on CIFAR-10 (JPEG), metrics.csv ends with loss 5.932.
+With --tiny --images 5000 --epochs 1 on CIFAR-10 (JPEG), the last loss is 5.932.
 """
 import copy
 import math

@@ -281,7 +281,7 @@ class PLB(nn.Module):
         head) to K (uniform)."""
         row = {f"loss of head {m}": loss for m, loss in enumerate(self.losses.tolist(), 1)}
         row |= {f"p of head {m}": p for m, p in enumerate(self.p.tolist(), 1)}
-        return row | {"perplexity of p": torch.special.entr(self.p).sum().exp().item()}
+        return row | {"perplexity": torch.special.entr(self.p).sum().exp().item()}
 
 
 def plb_update(p, losses, lam, eps):
@@ -535,11 +535,6 @@ class Encoder(nn.Module):
     def features(self, x):
         """One vector for each whole image, (B, 3, H, W) → (B, D)."""
         return self.vector(self(x))
-
-    def attention(self, x):
-        """Attention of the class token to the patches in the last block, (B, 3, H, W) →
-        (B, K, N)."""
-        return class_attention(self.blocks[-1], self(x, return_last_block_input=True)[1])
 
 
 def class_attention(block, x):

@@ -25,7 +25,6 @@ import importlib
 import itertools
 import json
 import math
-import statistics
 import sys
 from pathlib import Path
 
@@ -35,7 +34,7 @@ import torch.nn.functional as F
 
 from augment import central_crop, normalize, random_hflip, random_resized_crop
 from common import (Batches, autocast, effective_rank, extract_features, knn_accuracy,
-                    load_checkpoint, load_data, require, seed_step, start_processes)
+                    load_checkpoint, load_data, require, start_processes)
 from images import UserError
 from plots import denormalize, plot_confusion
 
@@ -181,7 +180,6 @@ def mae_probe(encoder, train, queries, args, img, device, amp=True, seed=0):
     nn.init.zeros_(probe[1].bias)
     optimizer = LARS(probe.parameters(), peak, momentum=0.9)
     for step in range(steps):
-        seed_step(seed, step)
         optimizer.param_groups[0]["lr"] = cosine_lr(step, steps, warmup, peak)
         batch, rows = batches[step], []
         for ids in torch.arange(len(batch)).split(512):  # 16,384 may not fit in memory
@@ -212,23 +210,27 @@ def labelled(images):
     return images if known.all() else images[known]
 
 
-def classify(encoder, features, queries, train, test, args, seeds, how):
-    """{"linear": scores (Q, classes) for each seed, …}. how: img, device, amp."""
+def classify(encoder, features, queries, train, test, args, seed, how):
+    """{"linear": scores (Q, classes), …}. how: img, device, amp."""
     labels, classes = train.labels.to(how[1]), len(train.classes)
     if args.protocol == "mae":
-        return {"linear": [mae_probe(encoder, train, queries, args, *how, seed) for seed in seeds]}
-    scores = {"linear": [linear_probe(features, labels, queries, classes, s) for s in seeds]}
+        return {"linear": mae_probe(encoder, train, queries, args, *how, seed)}
+    scores = {"linear": linear_probe(features, labels, queries, classes, seed)}
     if args.attentive and hasattr(encoder, "tokens"):
         tokens, own = extract_tokens(encoder, train, *how)
         asked, _ = extract_tokens(encoder, test, *how, own)
-        scores["attentive"] = [attentive_probe(tokens, labels, asked, classes, s) for s in seeds]
+        scores["attentive"] = attentive_probe(tokens, labels, asked, classes, seed)
     return scores
 
 
 def evaluate(args):
     """Evaluates as the command line says."""
-    for name in ("seeds", "batch", "epochs", "lr"):
-        require(getattr(args, name) > 0, f"--{name} must be positive")
+    typed = [f"--{name}" for name in MAE if name in args]
+    require(args.protocol == "mae" or not typed, f"{', '.join(typed)}: only with --protocol mae")
+    if args.protocol == "mae":
+        args = argparse.Namespace(**{**MAE, **vars(args)})
+        require(0 <= args.warmup < args.epochs, f"--warmup {args.warmup} must be below --epochs")
+        require(args.batch > 0 and args.lr > 0, "--batch and --lr must be positive")
     device, _, world = start_processes(args.device)
     require(world == 1, "eval_linear.py runs in one process, without torchrun")
     model, cfg = load_model(args.run)
@@ -247,7 +249,7 @@ def evaluate(args):
     if args.baselines:
         encoders["untrained encoder"] = load_model(args.run, trained=False)[0].encoder
         encoders["raw pixels"] = RawPixels()
-    how, seeds = (cfg.img, device, args.amp), range(cfg.seed, cfg.seed + args.seeds)
+    how = (cfg.img, device, args.amp)
     percent, ranks, guesses = {}, {}, []
     for name, encoder in encoders.items():
         features = extract_features(encoder.to(device).eval(), train, *how)
@@ -259,15 +261,14 @@ def evaluate(args):
         if test:
             queries = extract_features(encoder, test, *how)
             labels, truth = train.labels.to(device), test.labels.to(device)
-            scores = classify(encoder, features, queries, train, test, args, seeds, how)
-            found["knn_top1"] = [100 * knn_accuracy(features, labels, queries, truth)]
+            scores = classify(encoder, features, queries, train, test, args, cfg.seed, how)
+            found["knn_top1"] = 100 * knn_accuracy(features, labels, queries, truth)
             for kind, k in itertools.product(scores, (1, 5) if len(train.classes) > 5 else (1,)):
-                found[f"{kind}_top{k}"] = [accuracy(x, truth, k) for x in scores[kind]]
-            guesses.append(scores["linear"][0].argmax(1).cpu())
-        for column, values in found.items():
-            percent[name][column] = round(statistics.mean(values), 2)
-            deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            line += f", {column.replace('_', ' ')} {percent[name][column]}{deviation} %"
+                found[f"{kind}_top{k}"] = accuracy(scores[kind], truth, k)
+            guesses.append(scores["linear"].argmax(1).cpu())
+        for column, value in found.items():
+            percent[name][column] = round(value, 2)
+            line += f", {column.replace('_', ' ')} {percent[name][column]} %"
         print(line, flush=True)
 
     suffix = "-mae" if args.protocol == "mae" else ""
@@ -291,13 +292,13 @@ def main(argv=None):
     add("--root", default="", help="where data sets are, instead of the run's")
     add("--images", type=int, default=0, help="number of training images; 0: all")
     add("--baselines", action="store_true", help="also the untrained encoder and raw pixels")
-    add("--seeds", type=int, default=1, help="number of trainings of each probe")
     add("--attentive", action=boolean, default=True, help="the attentive probe")
     add("--protocol", choices=("own", "mae"), default="own", help="which probes")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--amp", action=boolean, default=True, help="bfloat16 where it is fast")
     for name, value in MAE.items():
-        add(f"--{name}", type=type(value), default=value, help=f"of --protocol mae ({value})")
+        add(f"--{name}", type=type(value), default=argparse.SUPPRESS,
+            help=f"of --protocol mae ({value})")
     args = parser.parse_args(argv)
     try:
         evaluate(args)

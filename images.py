@@ -17,12 +17,13 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for all data sets
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 DOWNLOADS = {"cifar10": torchvision.datasets.CIFAR10.url,
              "cifar100": torchvision.datasets.CIFAR100.url,
              "stl10": torchvision.datasets.STL10.url,
              "tiny-imagenet": "http://cs231n.stanford.edu/tiny-imagenet-200.zip"}
+SPLITS = {"test", "val", "valid", "validation"}
 SHAPES = {  # masks of u, v: coordinates, r: their length, m: the larger one
     "disc": lambda u, v, r, m: r < 0.95,
     "ring": lambda u, v, r, m: (r < 1) & (r > 0.6),
@@ -108,9 +109,8 @@ def download(data, split, side, root):
     if data == "tiny-imagenet":
         return load_folder(folder, split, side, Path(root))
     if side < pixels.shape[-1]:
-        parts = [F.interpolate(x, (side, side), mode="bicubic", antialias=True)
-                 for x in pixels.split(1000)]
-        pixels = torch.cat(parts)
+        pixels = torch.cat([F.interpolate(x, (side, side), mode="bicubic", antialias=True)
+                            for x in pixels.split(1000)])
     return Images(pixels, labels.long(), classes=tuple(source.classes))
 
 
@@ -136,7 +136,7 @@ def find_images(place):
 
 def class_names(files, place):
     """The class of each file: its first folder below `place`, or its entry in Tiny-ImageNet's
-    val_annotations.txt; "" if it has none. Unicode is normalised to NFC."""
+    val_annotations.txt; "" if it has none."""
     notes = Path(place, "val_annotations.txt")
     lines = notes.read_text().splitlines() if notes.exists() else []
     annotated = dict(line.split()[:2] for line in lines if line)
@@ -149,7 +149,7 @@ def class_names(files, place):
 
 
 def readable(path):
-    """A path as text that can be printed even if it is no UTF-8."""
+    """A path as text that can be printed."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
@@ -168,19 +168,18 @@ def load_folder(folder, split, side, root):
         raise UserError(f"--data {folder}: {place} holds no images")
     names = class_names(files, place)
     classes = sorted(set(names) - {""})
-    if place == folder and {"test", "val"} & set(classes):
-        raise UserError(f"--data {folder}: train/ holds no images")
+    if place == folder and SPLITS & {name.lower() for name in classes}:
+        raise UserError(f"--data {folder}: expected train/ with images, found {', '.join(classes)}")
     if split == "test" and place == folder:
         return None
     if split == "test":
         for place in (folder / "test", folder / "val"):
             files = find_images(place)
             names = class_names(files, place)
-            if any(names):
+            if set(names) - {"", "images"}:  # Tiny-ImageNet's test/images has no labels
                 break
-            if files:
-                print(f"{readable(place)} is not used: its {len(files)} images have no labels")
         else:
+            print("no images with labels in test/ or val/")
             return None
         unknown = sorted(set(names) - {"", *classes})
         if unknown:
@@ -193,7 +192,7 @@ def load_folder(folder, split, side, root):
 
 def decode_once(files, place, side, root):
     """Pixels (N, 3, side, side), mapped from root/cache, and aspect (N,) of image files. The cache
-    is made again if a file's path, size or time has changed, or if it is damaged."""
+    is made again if it is damaged or a file's path, size or time has changed."""
     side = min(side, largest_side(files))
     state = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
     key = hashlib.sha256(os.fsencode(f"{side} {place.resolve()} {state}")).hexdigest()[:16]
@@ -235,7 +234,7 @@ def decode(files, place, side, target):
     """Writes image files as uint8 (N, 3, side, side) to `target`; returns their aspect (N,).
     Raises UserError."""
     pixels = np.lib.format.open_memmap(target, "w+", np.uint8, (len(files), 3, side, side))
-    if hasattr(os, "posix_fallocate"):  # a full disk is an OSError here, and a crash later
+    if hasattr(os, "posix_fallocate"):  # a full disk would be a crash later
         with open(target, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, target.stat().st_size)
     aspect = np.ones(len(files), np.float32)

@@ -91,7 +91,8 @@ class Config(RunConfig):
                 "--batch 1 has no negatives; try --contrast none")
         require(self.contrast != "none" or self.lam > 0, "--contrast none needs --lam above 0")
         require(self.tau > 0 and self.hidden > 0, "--tau and --hidden must be positive")
-        require(self.momentum <= 1, "--momentum must be at most 1")
+        require(max(self.momentum, self.jitter, self.gray, self.blur) <= 1,
+                "--momentum, --jitter, --gray and --blur must be at most 1")
         require(0 < self.crop_min <= self.crop_max <= 1,
                 "--crop-min must be above 0 and at most --crop-max, which is at most 1")
         require(self.warmup < self.epochs, f"--warmup {self.warmup} must be below --epochs")

@@ -240,7 +240,10 @@ def test_a_test_split_without_labels_gives_way_to_val(folder, capsys):
         os.rename(folder / name, folder / "val" / name)
     save(folder / "test" / "0.png")
     assert load(folder, "test").labels.tolist() == [0, 0, 1, 1]
-    assert "is not used: its 1 images have no labels" in capsys.readouterr().out
+    os.rename(folder / "val", folder / "valid")
+    capsys.readouterr()
+    assert load(folder, "test") is None
+    assert "no images with labels in test/ or val/" in capsys.readouterr().out
 
 
 def test_images_without_classes_are_for_training(folder):
@@ -255,16 +258,18 @@ def test_images_without_classes_are_for_training(folder):
 
 
 def test_images_for_testing_are_no_training_images(folder):
-    os.rename(folder / "train", folder.parent / "aside")
-    for name in ("val", "test"):
-        os.rename(folder / "test", folder / name)
-        with pytest.raises(UserError, match="train/ holds no images"):
+    for train, test in (("training", "test"), ("Train", "Test"), ("training", "validation")):
+        os.rename(folder / "train", folder / train)
+        os.rename(folder / "test", folder / test)
+        with pytest.raises(UserError, match=f"expected train/ .* found .*{train}"):
             load(folder)
-        os.rename(folder / name, folder / "test")
+        os.rename(folder / train, folder / "train")
+        os.rename(folder / test, folder / "test")
 
 
 def test_tiny_imagenets_annotations(folder):
     os.rename(folder / "test", folder.parent / "aside")
+    save(folder / "test" / "images" / "test_0.JPEG")
     for i in range(3):
         save(folder / "val" / "images" / f"val_{i}.JPEG", (80 * i, 0, 0))
     lines = [f"val_{i}.JPEG\t{label}\t0\t0\t9\t9\n"

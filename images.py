@@ -156,8 +156,8 @@ def readable(path):
 def load_folder(folder, split, side, root):
     """Images of train/CLASS/… and test/CLASS/… or val/CLASS/…, decoded once into root/cache.
 
-    The test split is the first of test and val that has labelled images. Without all three, all
-    images are for training. Labels need at least two classes. Raises UserError.
+    The test split is the first of test and val that has labelled images. Without train/, test/ and
+    val/, all images are for training. Labels need two classes. Raises UserError.
     """
     if not folder.is_dir():
         raise UserError(f"--data {folder}: expected {', '.join(DOWNLOADS)}, shapes "

@@ -16,7 +16,7 @@ One training step on B images of N patches, V visible, D the width of a token, P
     step of AdamW on L_r + λ·L_c                           # Eq. 7
 
 The paper leaves these choices open, and they may change the result: --pool, --norm-pixels,
---pixels, --crop-min, and that there is no projection head. papers/mvmae.md has every choice.
+--pixels, --crop-min, and a projection head (here none). papers/mvmae.md has every choice.
 
     python mvmae.py --data PATH                  the paper's run on ImageNet-1K
     python mvmae.py --tiny --data shapes         a first look on a laptop

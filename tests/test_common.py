@@ -145,7 +145,7 @@ def test_a_loss_that_is_not_finite_ends_with_the_step_and_status_1(tmp_path, cap
     ("macrl", {"decoder_dim": 50}, "--decoder-dim"),
     ("mclim", {"mask": 0.01}, "some of 16 blocks masked"), ("mclim", {"batch": 1}, "no negatives"),
     ("mclim", {"lam": 0.0, "contrast": "none"}, "--lam"), ("mclim", {"img": 18}, "--img 18"),
-    ("mclim", {"crop_min": 0.95}, "--crop-min"),
+    ("mclim", {"crop_min": 0.95}, "--crop-min"), ("mclim", {"jitter": 80.0}, "--jitter"),
     ("mclim", {"backbone": "swin", "dim": 96}, "multiple of 192")], ids=str)
 def test_a_setting_that_cannot_work_names_its_flag(method, changes, words):
     with pytest.raises(UserError, match=words):

@@ -1,14 +1,14 @@
-"""Fine-tunes the encoder of a run with a linear head. Defaults are those of --recipe mae.
+"""Fine-tunes the encoder of a run with a linear head. Defaults: --recipe mae.
 
     python eval_finetune.py RUN --recipe plain    crops and flips, for small encoders
     python eval_finetune.py RUN --labels 0.01     1 % of the labels of each class
     torchrun --nproc-per-node 8 eval_finetune.py RUN --batch 128    batch 1024
 
---recipe mae is that of FINETUNE.md in MAE's code for ViT-B; mvmae is Multi-View MAE's §4.1.2, with
-the rest from Table 9 of MAE's paper, without CutMix.
-What differs from MAE's code, which uses timm: RandAugment's strength has no noise (mstd0.5), and
-operations are torchvision's; the learning rate ends at 0, not 1e-6; test images are resized
-linearly; the encoder keeps its norm and pooling; positions are not trained.
+--recipe mae is MAE's FINETUNE.md for ViT-B; mvmae is Multi-View MAE's §4.1.2, with the rest from
+Table 9 of MAE's paper. What differs from MAE's code, which uses timm: RandAugment is torchvision's,
+with no noise in its strength (mstd0.5); crops are of stored squares of 8/7 of the image size; the
+learning rate ends at 0, not 1e-6; test images are resized linearly; the encoder keeps its norm and
+pooling; positions are not trained.
 
 The last epoch counts: eval_finetune.json. --resume needs RUN where it was.
 """
@@ -37,10 +37,10 @@ from plots import plot_confusion, plot_curves
 
 RECIPES = {  # flags that --recipe sets
     "mae": {},
-    "mvmae": {"batch": 512, "mix_prob": 0.8, "cutmix": 0.0, "erase": 0.0, "lr": 1e-3,
-              "layer_decay": 0.75},
-    "plain": {"batch": 64, "rand_prob": 0.0, "mix_prob": 0.0, "erase": 0.0, "smoothing": 0.0,
-              "drop_path": 0.0, "crop_min": 0.4, "lr": 2e-3, "layer_decay": 0.75, "epochs": 10.0},
+    "mvmae": {"batch": 512, "erase": 0.0, "lr": 1e-3, "layer_decay": 0.75},
+    "plain": {"batch": 64, "rand_prob": 0.0, "mixup": 0.0, "cutmix": 0.0, "erase": 0.0,
+              "smoothing": 0.0, "drop_path": 0.0, "crop_min": 0.4, "lr": 2e-3,
+              "layer_decay": 0.75, "epochs": 10.0},
 }
 
 
@@ -51,12 +51,11 @@ class Config:
     recipe: Literal["mae", "mvmae", "plain"] = "mae"  # sets other defaults
     scratch: bool = False  # from random weights
     labels: float = 1.0  # fraction of the labels of each class
-    rand_prob: float = 0.5  # of each of the two operations of RandAugment
+    rand_prob: float = 0.5  # of each of RandAugment's two operations
     rand_magnitude: float = 9.0  # strength of RandAugment, 0 to 10
     mixup: float = 0.8  # α of mixup; 0: none
     cutmix: float = 1.0  # α of CutMix; 0: none
-    mix_prob: float = 1.0  # probability that one of them mixes a batch
-    erase: float = 0.25  # probability of random erasing
+    erase: float = 0.25  # probability of erasing
     smoothing: float = 0.1  # label smoothing
     drop_path: float = 0.1  # stochastic depth, rises from 0 to this in the last block
     crop_min: float = 0.08  # smallest crop, fraction of the area
@@ -71,17 +70,18 @@ class Config:
     out: str = ""  # folder of the run, new or empty
     resume: str = ""  # folder of a fine-tuning to continue
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute
-    amp: bool = True  # bfloat16 autocast where it is fast
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    amp: bool = True  # bfloat16 where it is fast
     workers: int = 8  # processes that augment
     log_every: int = 20  # steps between rows of metrics.csv
 
     def __post_init__(self):
         RunConfig.__post_init__(self)
         limits = {"labels": 1, "crop_min": 1, "layer_decay": 1, "rand_magnitude": 10,
-                  "smoothing": 0.99, "drop_path": 0.99, "mix_prob": 1, "erase": 1}
+                  "smoothing": 0.99, "drop_path": 0.99, "erase": 1}
         for name, limit in limits.items():
             require(getattr(self, name) <= limit, f"{flag(name)} must be at most {limit}")
+        require(self.warmup < self.epochs, "--warmup must be below --epochs")
 
 
 class Steps:
@@ -90,7 +90,7 @@ class Steps:
     def __init__(self, batches, cfg, img):
         self.batches, self.cfg, self.img = batches, cfg, img
         self.change = v2.RandAugment(1, round(10 * cfg.rand_magnitude), 101,
-                                     v2.InterpolationMode.BILINEAR, fill=[124, 116, 104])
+                                     v2.InterpolationMode.BICUBIC, fill=[124, 116, 104])
         self.erase = v2.RandomErasing(1.0, value="random")
         kinds = ((v2.MixUp, cfg.mixup), (v2.CutMix, cfg.cutmix))
         self.mixes = [kind(alpha=alpha) for kind, alpha in kinds if alpha > 0]
@@ -111,7 +111,7 @@ class Steps:
         for i in (torch.rand(len(x)) < cfg.erase).nonzero()[:, 0]:
             x[i] = self.erase(x[i])
         targets = F.one_hot(images.labels, len(batches.images.classes)).float()
-        if self.mixes and torch.rand(()) < cfg.mix_prob:
+        if self.mixes:
             mix = self.mixes[torch.randint(len(self.mixes), ())]
             x, targets = mix(x, targets)
         return x, targets
@@ -134,7 +134,7 @@ def choose_labels(labels, fraction, seed):
 
 
 def block_names(encoder):
-    """Names of the encoder's blocks: modules with a child `mlp`."""
+    """Names of the blocks: modules with a child `mlp`."""
     return [name for name, module in encoder.named_modules() if hasattr(module, "mlp")]
 
 
@@ -204,7 +204,8 @@ def train(cfg):
     run = Run(__file__, cfg, batches, steps, model=model, optimizer=optimizer)
     loader = DataLoader(Steps(batches, cfg, pre.img), batch_size=None,
                         sampler=range(run.start, steps), worker_init_fn=ignore_signals,
-                        num_workers=min(cfg.workers, os.cpu_count()))
+                        num_workers=min(cfg.workers, os.cpu_count()),
+                        pin_memory=device.type == "cuda")
 
     peak = cfg.lr * cfg.batch * world / 256
     for step, (x, targets) in enumerate(loader, run.start):
@@ -212,9 +213,10 @@ def train(cfg):
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * cosine_lr(step, steps, warmup, peak)
 
+        x, targets = (part.to(device, non_blocking=True) for part in (x, targets))
         with autocast(device, cfg.amp):
-            scores = net(x.to(device))
-        loss = F.cross_entropy(scores, targets.to(device), label_smoothing=cfg.smoothing)
+            scores = net(x)
+        loss = F.cross_entropy(scores, targets, label_smoothing=cfg.smoothing)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

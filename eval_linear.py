@@ -14,8 +14,9 @@ Effective rank of the training features: near 1, the encoder has collapsed.
 
 --protocol mae replaces both probes by that of MAE's main_linprobe.py, which CAMAE §IV-A cites:
 random crops and flips in each epoch, BatchNorm before the linear layer, LARS. What differs: the
-run's pooling, where MAE takes the class token; torchvision's random crops, where MAE clips a box
-that does not fit; central crops are resized linearly, where MAE's are bicubic.
+run's pooling, where MAE takes the class token; crops of stored squares of 8/7 of the image size;
+torchvision's random crops, where MAE clips a box that does not fit; central crops are resized
+linearly, where MAE's are bicubic.
 
 Writes eval_linear.json and confusion.png beside the checkpoint (with --data: NAME-DATA).
 """
@@ -170,7 +171,8 @@ class LARS(torch.optim.SGD):
 def mae_probe(encoder, train, queries, args, img, device, amp=True, seed=0):
     """Scores (Q, classes) of the features `queries` (Q, D) after training on random crops."""
     batches = Batches(train, args.batch, seed, device)
-    steps, warmup = (round(n * len(batches)) for n in (args.epochs, args.warmup))
+    steps = max(1, round(args.epochs * len(batches)))
+    warmup = round(args.warmup * len(batches))
     peak = args.lr * args.batch / 256
     torch.manual_seed(seed)
     D = queries.shape[1]

@@ -146,6 +146,8 @@ def test_protocol_mae_trains_a_layer_behind_batch_norm(run, shapes, monkeypatch)
     report = json.loads((run / "eval_linear-mae.json").read_text())
     assert set(report["percent"]["trained encoder"]) == {"knn_top1", "linear_top1", "linear_top5"}
     assert report["batch"] == 40 and (run / "confusion-mae.png").exists()
+    eval_linear.main(f"{run} --protocol mae --batch 40 --epochs 0.1 --warmup 0".split())
+    assert len(rates) == 21  # at least one step
 
 
 def test_protocol_mae_sees_new_crops_and_its_batch_norm_standardises(shapes):
@@ -288,6 +290,7 @@ def test_raw_pixels_are_the_crop_between_0_and_1():
     (eval_finetune, "", ["RUN"]),
     (eval_finetune, "{run}", ["--batch 1024", "try --batch 80"]),
     (eval_finetune, "{run} --labels 2", ["--labels", "at most 1"]),
+    (eval_finetune, "{run} --epochs 2 --warmup 2", ["--warmup", "below --epochs"]),
     (eval_finetune, "{run} --smoothing 1", ["--smoothing", "at most 0.99"])])
 def test_bad_input_gets_one_line(run, shapes, program, command, words, capsys):
     for name, method in (("foreign", "no_such_method"), ("tuned", "eval_finetune")):
@@ -377,11 +380,11 @@ def test_augmentation_does_what_the_flags_say(shapes):
 def test_recipes_are_the_published_ones():
     mae = eval_finetune.Config()
     published = {"rand_magnitude": 9, "rand_prob": 0.5, "mixup": 0.8, "cutmix": 1.0,
-                 "mix_prob": 1.0, "erase": 0.25, "smoothing": 0.1, "drop_path": 0.1, "lr": 5e-4,
+                 "erase": 0.25, "smoothing": 0.1, "drop_path": 0.1, "lr": 5e-4,
                  "layer_decay": 0.65, "wd": 0.05, "warmup": 5, "epochs": 100, "batch": 1024}
     assert {name: getattr(mae, name) for name in published} == published
     mvmae = replace(mae, **eval_finetune.RECIPES["mvmae"])
-    assert (mvmae.epochs, mvmae.batch, mvmae.mixup, mvmae.mix_prob) == (100, 512, 0.8, 0.8)
+    assert (mvmae.epochs, mvmae.batch, mvmae.mixup, mvmae.cutmix) == (100, 512, 0.8, 1.0)
 
 
 def tune(run, out, *flags):

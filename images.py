@@ -23,7 +23,7 @@ DOWNLOADS = {"cifar10": torchvision.datasets.CIFAR10.url,
              "cifar100": torchvision.datasets.CIFAR100.url,
              "stl10": torchvision.datasets.STL10.url,
              "tiny-imagenet": "http://cs231n.stanford.edu/tiny-imagenet-200.zip"}
-SPLITS = {"test", "val", "valid", "validation"}
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 SHAPES = {  # masks of u, v: coordinates, r: their length, m: the larger one
     "disc": lambda u, v, r, m: r < 0.95,
     "ring": lambda u, v, r, m: (r < 1) & (r > 0.6),
@@ -39,7 +39,7 @@ SHAPES = {  # masks of u, v: coordinates, r: their length, m: the larger one
 
 
 class UserError(Exception):
-    """A mistake that the user can correct. Programs print its message and exit with status 2."""
+    """A mistake that the user can correct; programs print it and exit with status 2."""
 
 
 @dataclass
@@ -118,7 +118,7 @@ def download(data, split, side, root):
 
 def find_images(place):
     """Sorted paths of all images below `place`. Each real directory is visited once, none that
-    contains `place`; names that begin with a dot are skipped."""
+    contains `place`; hidden names are skipped."""
     seen = {str(parent) for parent in Path(place).resolve().parents}
     files = []
     for folder, below, names in os.walk(place, followlinks=True):
@@ -149,7 +149,7 @@ def class_names(files, place):
 
 
 def readable(path):
-    """A path as text that can be printed."""
+    """A path as printable text."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
@@ -168,8 +168,10 @@ def load_folder(folder, split, side, root):
         raise UserError(f"--data {folder}: {place} holds no images")
     names = class_names(files, place)
     classes = sorted(set(names) - {""})
-    if place == folder and SPLITS & {name.lower() for name in classes}:
-        raise UserError(f"--data {folder}: expected train/ with images, found {', '.join(classes)}")
+    below = {Path(file).relative_to(place).parent for file in files} if place == folder else ()
+    odd = [readable(path) for path in below if SPLITS & {part.lower() for part in path.parts}]
+    if odd:
+        raise UserError(f"--data {folder}: expected train/CLASS/IMAGE, found {min(odd)}/")
     if split == "test" and place == folder:
         return None
     if split == "test":
@@ -182,7 +184,7 @@ def load_folder(folder, split, side, root):
             print("no images with labels in test/ or val/")
             return None
         unknown = sorted(set(names) - {"", *classes})
-        if unknown:
+        if unknown and len(classes) > 1:
             raise UserError(f"--data {folder}: {place} has class {unknown[0]}, train has not")
     numbers = {name: i for i, name in enumerate(classes)} if len(classes) > 1 else {}
     labels = torch.tensor([numbers.get(name, -1) for name in names])
@@ -194,7 +196,7 @@ def decode_once(files, place, side, root):
     """Pixels (N, 3, side, side), mapped from root/cache, and aspect (N,) of image files. The cache
     is made again if it is damaged or a file's path, size or time has changed."""
     side = min(side, largest_side(files))
-    state = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+    state = [(f[len(str(place)):], os.path.getsize(f), os.path.getmtime(f)) for f in files]
     key = hashlib.sha256(os.fsencode(f"{side} {place.resolve()} {state}")).hexdigest()[:16]
     cache = root / "cache" / f"{place.resolve().parent.name}-{place.name}-{key}.npy"
     try:
@@ -263,13 +265,11 @@ def decode(files, place, side, target):
 
 def read_image(file, side):
     """A file as an upright RGB PIL image on white; a JPEG is decoded no larger than `side` needs.
-    Raises what Pillow raises, and ValueError for pixels whose range is not known."""
+    Raises what Pillow raises, and ValueError for more than 8 bits a channel."""
     image = Image.open(file)
     image.draft("RGB", (side, side))
-    if image.mode == "I;16" and image.format == "PNG":
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.mode[0] in "IF":
-        raise ValueError("more than 8 bits a pixel: save it with 8")
+        raise ValueError("more than 8 bits a channel")
     image.load()
     try:
         image = ImageOps.exif_transpose(image)

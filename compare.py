@@ -5,8 +5,8 @@
     python compare.py --tiny --data PATH --rows FILE --epochs 4       your own rows
 
 A line of FILE reads NAME = METHOD.py FLAGS, for example MAE = mvmae.py --targets one --lam 0.
-Without --rows each method file of this folder is a row. Flags that are not listed below go to every
-row; a row's own take precedence. --gflop is the compute of a run, in 10⁹ floating-point operations
+Without --rows each method file of this folder is a row. A method's flags go to every row; a row's
+own take precedence. --gflop is the compute of a run, in 10⁹ floating-point operations
 of forward and backward; with --epochs, epochs are equal instead.
 
 Each run is a run folder in --out and is evaluated by eval_linear.py. After Ctrl-C the same command
@@ -63,7 +63,7 @@ def plan(rows, flags, args):
     for row, (method, own) in rows.items():
         fixed = ["--seed", "--out", "--resume"] + (["--epochs"] if compute else [])
         require(not {word.split("=")[0] for word in [*flags, *own]} & {*fixed},
-                f"row {row}: compare.py sets --seed, --out, --resume and, with --gflop, --epochs")
+                f"row {row}: compare.py sets {', '.join(fixed)}")
         module = load_method(method)
         try:
             cfg = config_of(module, [*flags, *own])
@@ -106,7 +106,8 @@ def read_scores(job):
         report = json.loads(file.read_text())
         found = report["percent"]["trained encoder"]
         found["rank"] = report["effective_rank"]["trained encoder"]
-        done = trained and newest and report["images"] == job.cfg.images
+        ours = {"run": str(job.folder), "images": job.cfg.images, "attentive": True}
+        done = trained and newest and ours.items() <= report.items()
         return {name: found.get(name, math.nan) for name in SCORES} if done else None
     except (FileNotFoundError, ValueError, KeyError):
         return None
@@ -156,8 +157,8 @@ def p_value(values, row, baseline):
 
 
 def spread(scores):
-    """Mean and standard deviation, NaN for a single score."""
-    return statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else math.nan
+    """Mean and standard deviation; NaN for one score."""
+    return statistics.mean(scores), pooled_deviation({"": scores})[0]
 
 
 def write_table(out, jobs, results, baseline):

@@ -4,12 +4,12 @@
     python eval_dense.py RUN --baselines      also the untrained encoder and raw patches
     python eval_dense.py RUN --data ADEChallengeData2016 --ignore 0    ADE20K; 0 is its "other"
 
-A linear layer gives each standardised token a score for each class; they are upsampled bilinearly
-to the image. The loss is the mean cross-entropy of the pixels that are not --ignore. The last epoch
+A linear layer gives each standardised token a score for each class, upsampled bilinearly to the
+image. The loss is the mean cross-entropy of the pixels that are not --ignore. The last epoch
 counts. Mean IoU is over the classes that occur in the test annotations.
 
---data shapes: 2,000 training and 500 test images that the program draws. Each colour is the
-object's as often as the background's.
+--data shapes: 2,000 training and 500 test images. Each colour is the object's as often as the
+background's.
 --data FOLDER: ADE20K's layout, images/training, images/validation, annotations/training,
 annotations/validation. An annotation is a PNG of class indices, named as its image. The central
 square of both is resized.
@@ -44,7 +44,7 @@ COUNTS = {"training": 2000, "validation": 500}  # of drawn shapes
 # Data: Images (N, 3, side, side) and the class of each pixel, uint8 (N, side, side)
 
 def load_shapes(split, side, seed):
-    """Drawn shapes of a split. Class 0 is the background, 1 … 10 are the SHAPES."""
+    """Drawn shapes of a split. Class 0 is the background, 1 … 10 are SHAPES."""
     pixels, labels, masks = draw_shapes(COUNTS[split], side, 2 * seed + (split == "validation"))
     return Images(pixels), ((labels[:, None, None] + 1) * masks).byte()
 
@@ -78,7 +78,8 @@ def load_annotated(folder, split, side):
     place = Path(folder, "images", split)
     files = [Path(file) for file in find_images(place)]
     require(files, f"--data {folder}: expected shapes or a folder with images in images/{split}")
-    annotations = [Path(folder, "annotations", split, f"{file.stem}.png") for file in files]
+    annotations = [Path(folder, "annotations", split, file.relative_to(place)).with_suffix(".png")
+                   for file in files]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         pixels, classes = zip(*pool.map(read_pair, files, annotations, [side] * len(files)))
     pixels = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Pictures of what a run of any method has learned, on test images or on your own.
+"""Pictures of what a run of any method has learned, on test images or your own.
 
     python show.py RUN                               test images of the run's data set
     python show.py RUN --folder DIR --out own.pdf    image files of a folder; also .png, .svg
@@ -8,10 +8,10 @@ Rows, at most twelve:
   original, masked, reconstruction    of the central square; for MACRL of both branches' views
   view 1, view 2   of a training step; CMAE takes them from the box in the row above
   patch tokens     their first three principal components, over all images shown, as red, green and
-                   blue: patches of one colour are alike to the model
-  attention        in the last block, mean over the heads; black is the least, yellow the most
+                   blue: similar patches have similar colours
+  attention        in the last block, mean over the heads; black: least, yellow: most
   masks of CAMAE's heads
-Tokens, attention and box are those of the unmasked image. With --norm-pixels, reconstructed patches
+Tokens, attention and box are of the unmasked image. With --norm-pixels, reconstructed patches
 get their true mean and deviation. Writes show.png, or show-NAME.png with --folder or --data.
 """
 import argparse
@@ -30,7 +30,7 @@ from torchvision.utils import draw_bounding_boxes
 from augment import central_crop, crop_resize, normalize
 from common import load_data, require, start_processes
 from eval_linear import load_model
-from images import Images, UserError, find_images, read_image, readable
+from images import Images, UserError, find_images, largest_side, read_image, readable
 from plots import plot_images
 
 ROWS = 12  # at most
@@ -39,7 +39,7 @@ ROWS = 12  # at most
 # Rows: label → normalised images (n, 3, H, W). x: normalised central crops of the Images `images`.
 
 def whole_rows(images):
-    """The whole images in their own proportions."""
+    """Whole images in their proportions."""
     S, rows = images.pixels.shape[2], []
     for image, aspect in zip(images.pixels, images.aspect.tolist()):
         shape = [max(1, round(S * min(1, 1 / aspect))), max(1, round(S * min(1, aspect)))]
@@ -49,7 +49,7 @@ def whole_rows(images):
 
 
 def reconstruction_rows(model, x):
-    """The images, what the model sees of them, and the reconstructions."""
+    """The images, what the model sees, and the reconstructions."""
     masked, prediction = model.reconstruct(x)
     return {"original": x, "masked": masked, "reconstruction": prediction}
 
@@ -93,7 +93,7 @@ def token_rows(model, x):
 
 
 def attention_rows(model, x, maps):
-    """The mean of the attention maps (n, K, N) over the heads, from its least to its most."""
+    """The mean of attention maps (n, K, N) over the heads, from least to most."""
     mean = maps.mean(1).cpu()                                                   # (n, N)
     low, high = mean.amin(1, keepdim=True), mean.amax(1, keepdim=True)
     colors = matplotlib.colormaps["inferno"](((mean - low) / (high - low)).numpy())[..., :3]
@@ -134,7 +134,7 @@ def attention_maps(encoder, x):
 
 
 def principal_components(tokens):
-    """The first three principal components of all tokens (n, N, D): (n, N, 3)."""
+    """First three principal components of all tokens (n, N, D): (n, N, 3)."""
     centred = tokens.flatten(0, 1) - tokens.mean((0, 1))                        # (n·N, D)
     directions = torch.linalg.eigh(centred.mT @ centred).eigenvectors           # by rising variance
     return (centred @ directions[:, -3:].flip(1)).unflatten(0, tokens.shape[:2])
@@ -153,6 +153,7 @@ def read_folder(folder, side, count):
     require(Path(folder).is_dir(), f"--folder {folder} is not a folder")
     files = find_images(folder)[:count]
     require(files, f"--folder {folder} holds no images")
+    side = min(side, largest_side(files))
     pixels, aspect = [], []
     for file in files:
         try:
@@ -168,7 +169,7 @@ def read_folder(folder, side, count):
 
 @torch.no_grad()
 def show(args):
-    """Draws the picture and returns its file. Raises UserError."""
+    """Draws the picture. Returns its file. Raises UserError."""
     require(args.images > 0, f"--images {args.images} must be positive")
     run, source = Path(args.run), args.folder or args.data
     name = f"show-{Path(source).resolve().name}.png" if source else "show.png"

@@ -130,6 +130,13 @@ def test_annotations_keep_their_indices_and_positions(ade):
     assert torch.equal(masks == 1, images.pixels[:, 0] == 255)
     assert (masks[1, :12] == 1).all() and (masks[0, 0, -8:] == 0).all()  # the central square
     assert eval_dense.load_annotated(ade, "training", 12)[1].unique().tolist() == [0, 1, 2]
+    for kind in ("images", "annotations"):  # the same names in two folders
+        os.rename(ade / kind / "training", ade / kind / "a")
+        (ade / kind / "training" / "b").mkdir(parents=True)
+        os.rename(ade / kind / "a", ade / kind / "training" / "a")
+        shutil.copy(ade / kind / "validation" / "6.png", ade / kind / "training" / "b" / "0.png")
+    Image.new("L", (24, 24), 5).save(ade / "annotations" / "training" / "b" / "0.png")
+    assert eval_dense.load_annotated(ade, "training", 24)[1].amax((1, 2)).tolist() == [2] * 6 + [5]
 
 
 def test_segmentation_reports_what_it_measured(untrained, ade, monkeypatch):
@@ -231,6 +238,8 @@ def test_show_draws_test_images_and_the_users_own(untrained, tmp_path, method, l
     assert torch.equal(rows["original"], normalize(central_crop(test[ids], 16)))
     wide, high = next(iter(own.values()))  # in their own proportions
     assert wide.shape == (3, 9, 18) and high.shape == (3, 18, 9)
+    small, _ = show.read_folder(photos, 50, 3)
+    assert small.pixels.shape == (2, 3, 20, 20)  # never enlarged
 
 
 def test_a_branch_has_a_target_if_that_is_not_the_view():
@@ -330,6 +339,11 @@ def test_a_stopped_comparison_ends_in_the_same_table(fast, tmp_path, monkeypatch
     assert scores.pop("rank") == found["effective_rank"]["trained encoder"]
     assert scores.items() <= found["percent"]["trained encoder"].items()
     assert compare.read_scores(job._replace(steps=job.steps + 1)) is None
+    for change in ({"run": f"{job.folder}/previous.pt"}, {"attentive": False}, {"images": 7}):
+        report.write_text(json.dumps(found | change))
+        assert compare.read_scores(job) is None, change
+    report.write_text(json.dumps(found))
+    assert compare.read_scores(job) is not None
     os.utime(report, (0, 0))  # older than the checkpoint
     assert compare.read_scores(job) is None
 

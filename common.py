@@ -48,7 +48,7 @@ class RunConfig:
     out: str = ""  # folder of the run, new or empty; else runs/METHOD-DATE-TIME
     resume: str = ""  # folder of a run to continue
     init: str = ""  # initial encoder: a run, a checkpoint or timm's
-    seed: int = 0  # seed of all random numbers
+    seed: int = 0  # of all random numbers
     device: typing.Literal["auto", "cpu", "cuda"] = "auto"  # where to compute
     amp: bool = True  # bfloat16 autocast where the device is fast in it
     compile: bool = False  # torch.compile the model
@@ -152,10 +152,11 @@ def start_processes(device="auto"):
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if all(name in os.environ for name in names):
         rank, world, local_rank = (int(os.environ[name]) for name in names)
+    require(not cuda or local_rank < torch.cuda.device_count(), "more processes than GPUs")
     device = torch.device(f"cuda:{local_rank}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # float32 convolutions stay float32
+        torch.backends.cudnn.allow_tf32 = False  # full float32
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=12),
                                 device_id=device if cuda else None)
@@ -187,10 +188,10 @@ def fixed_choice(n, count):
 def load_data(cfg):
     """Training and test Images of a Config; None for a missing test split."""
     side = round(cfg.img * 8 / 7)
-    train = load_images(cfg.data, "train", side, cfg.root, cfg.seed)
-    test = load_images(cfg.data, "test", side, cfg.root, cfg.seed)
+    train, test = (load_images(cfg.data, split, side, cfg.root, cfg.seed)
+                   for split in ("train", "test"))
     if cfg.images:
-        require(cfg.images <= len(train), f"--images {cfg.images}: there are only {len(train)}")
+        require(cfg.images <= len(train), f"--images {cfg.images}: there are {len(train)}")
         train = train[fixed_choice(len(train), cfg.images)]
     return train, test
 
@@ -202,8 +203,8 @@ class Batches:
     The pixels stay on the GPU if they take less than a quarter of its free memory.
     """
     def __init__(self, images, batch, seed, device, rank=0, world=1):
-        require(batch * world <= len(images), f"--batch {batch}: there are only {len(images)} "
-                f"training images; try --batch {len(images) // world}")
+        require(batch * world <= len(images), f"--batch {batch}: there are {len(images)} training "
+                f"images; try --batch {len(images) // world}")
         self.images, self.batch, self.seed = images, batch, seed
         self.device, self.rank, self.world = device, rank, world
         self.epoch = self.order = None
@@ -283,7 +284,7 @@ def save_file(state, file, previous=None):
 
 
 def read_file(file):
-    """Reads tensors and plain values that torch.save wrote. Raises UserError if it is damaged."""
+    """Tensors and plain values that torch.save wrote. Raises UserError if it is damaged."""
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
@@ -298,7 +299,7 @@ def read_file(file):
 
 
 def save_checkpoint(folder, method, step, cfg, **parts):
-    """Writes the state of `parts` after `step` steps to last.pt; the one before is previous.pt."""
+    """Writes the state of `parts` after `step` steps to last.pt; the old one is previous.pt."""
     state = {name: part.state_dict() for name, part in parts.items()}
     state |= {"method": method, "step": step, "config": dataclasses.asdict(cfg)}
     save_file(state, Path(folder, "last.pt"), Path(folder, "previous.pt"))
@@ -331,8 +332,8 @@ def load_encoder(encoder, path):
         timm = {name: state[name] for name in state if not name.startswith("head.")}
         encoder.load_state_dict(own or timm)
     except (RuntimeError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--init {path}: {reason[:300]}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--init {path}: {reason}") from error
 
 
 # The run
@@ -380,7 +381,7 @@ class Run:
         self.drawn = 0
 
     def stop(self, number, frame):
-        """Notes a signal. A second one ends the program, but torchrun sends each twice."""
+        """Notes a signal. A second ends the program, but torchrun sends each twice."""
         if self.world == 1:
             signal.signal(number, signal.SIG_DFL)
         if self.rank == 0 and not self.signal:
@@ -388,7 +389,7 @@ class Run:
         self.signal = number
 
     def write(self, row):
-        """Appends a row to metrics.csv, or writes the file anew if the row has a new column."""
+        """Appends a row to metrics.csv, or rewrites it if the row has a new column."""
         self.rows.append(row)
         anew = not set(row) <= set(self.columns)
         if anew:
@@ -430,7 +431,7 @@ class Run:
         self.sums, self.count, self.clock = {}, 0, time.time()
 
     def epoch_done(self, step):
-        """Whether an epoch or the training ends with this step, or Ctrl-C ends it."""
+        """Whether an epoch or the training ends here, or Ctrl-C ends it."""
         return self.step % self.per_epoch == 0 or self.step == self.steps or self.interrupted
 
     def save(self, step):

@@ -157,6 +157,15 @@ def test_a_process_without_torchrun_is_alone(monkeypatch):
     assert common.start_processes("cpu") == (CPU, 0, 1)
 
 
+def test_a_process_without_a_gpu_is_refused(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="more processes than GPUs"):
+        common.start_processes()
+
+
 def test_a_notebooks_backend_does_not_matter(tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     flags = "--tiny --data shapes --images 16 --batch 16 --dim 24 --depth 1 --epochs 1 --out"

@@ -1,14 +1,14 @@
 """Checks and measures all methods on one CUDA GPU in ten minutes.
 
-    python -m results.gpu --out runs/gpu --data cifar10      on a GPU
-    python -m results.gpu --out runs/try --rehearse          tiny sizes on the CPU
+    python -m results.gpu --out runs/gpu --data cifar10      on a GPU; or --data FOLDER
+    python -m results.gpu --out runs/try --rehearse          tiny, on the CPU
 
-Five parts, each a process with a time limit; one that fails does not stop the next:
+Five parts, each a process with a time limit; a failure does not stop the next:
   agree   three steps in float32 and bfloat16 against the CPU; a resumed run; compile: compiled
-  speed   60 steps of each default configuration, then of batches 16 and 256
+  speed   30 steps of each default configuration, then batches 16 and 256
   views   views alone at 32 and 224 pixels
   mclim   MCLim as in the paper (224 pixels, 768 × 6), batch 64, as many epochs as fit
-Every figure is printed and written to OUT/figures.json at once.
+Every figure is printed and written to OUT/figures.jsonl at once.
 """
 import argparse
 import csv
@@ -26,26 +26,25 @@ import cmae
 import macrl
 import mclim
 import mvmae
-from common import autocast, seed_step
+from common import autocast, seed_step, start_processes
 from images import Images
 from speed import gflop_per_image, matrix_rate, seconds
 
-LIMITS = {"agree": 80, "compile": 60, "speed": 190, "views": 40, "mclim": 200}  # seconds
+LIMITS = {"agree": 100, "compile": 140, "speed": 140, "views": 30, "mclim": 150}  # seconds
 METHODS = (mclim, mvmae, cmae, macrl, camae)
 FORMS = [(method, {}) for method in METHODS] + [(mclim, {"backbone": "swin"}),
                                                 (mclim, {"backbone": "hivit"})]
 
 
 def note(args, name, job):
-    """Prints the figures of job(), or its error, and adds them to figures.json."""
+    """Prints the figures of job(), or its error, and adds them to figures.jsonl."""
     try:
         figures = job()
     except Exception as error:
         figures = {"error": repr(error)[:500]}
     print(name, json.dumps(figures), flush=True)
-    file = args.out / "figures.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps({**known, name: figures}, indent=1) + "\n")
+    with open(args.out / "figures.jsonl", "a") as file:
+        file.write(json.dumps({name: figures}) + "\n")
 
 
 def losses_of_steps(module, cfg, device, amp):
@@ -106,10 +105,11 @@ def speed(args, device):
     for batch in (4,) if args.rehearse else (0, 16, 256):
         for module, form in FORMS:
             cfg = replace(module.TINY if args.rehearse else module.Config(), **form)
+            if batch == cfg.batch:
+                continue
             cfg = replace(cfg, batch=batch or cfg.batch)
             name = " ".join(["speed", module.__name__, *form.values(), f"batch {cfg.batch}"])
-            count = 2 if args.rehearse else 60
-            note(args, name, lambda: rate(module, cfg, device, limit, count))
+            note(args, name, lambda: rate(module, cfg, device, limit, 2 if args.rehearse else 30))
 
 
 def random_images(cfg, device):
@@ -154,29 +154,38 @@ def views(args, device):
 
 def run_mclim(args, device):
     cfg = replace(mclim.TINY, images=128, epochs=2) if args.rehearse else mclim.Config()
-    mclim.train(replace(cfg, data=args.data, root=f"{args.out}/data", out=f"{args.out}/mclim",
-                        batch=64, eval_every=1, device=device.type))
+    mclim.train(replace(cfg, data=args.data, out=f"{args.out}/mclim", batch=64, eval_every=1,
+                        device=device.type))
+
+
+def run_part(part):
+    """Runs a part in a process. At its limit SIGTERM ends it; a training saves."""
+    process = subprocess.Popen([sys.executable, "-m", "results.gpu", *sys.argv[1:], "--part", part])
+    try:
+        return {"status": process.wait(LIMITS[part])}
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        return {"stopped": process.wait(30)}
+    finally:
+        process.kill()
 
 
 def main():
     parser = argparse.ArgumentParser("results.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the figures")
-    parser.add_argument("--data", default="shapes", help="data set of part mclim")
+    parser.add_argument("--data", default="shapes", help="of part mclim")
     parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
     parser.add_argument("--part", choices=LIMITS)
     args = parser.parse_args()
     if not (args.rehearse or torch.cuda.is_available()):
         parser.error("no CUDA GPU; try --rehearse")
     args.out.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cpu" if args.rehearse else "cuda")
     parts = {"agree": agree, "compile": agree, "speed": speed, "views": views, "mclim": run_mclim}
     if args.part:
-        parts[args.part](args, device)
+        parts[args.part](args, start_processes("cpu" if args.rehearse else "cuda")[0])
     else:
-        for part, limit in LIMITS.items():
-            command = [sys.executable, "-m", "results.gpu", *sys.argv[1:], "--part", part]
-            note(args, f"part {part}",
-                 lambda: {"status": subprocess.run(command, timeout=limit).returncode})
+        for part in LIMITS:
+            note(args, f"part {part}", lambda: run_part(part))
 
 
 if __name__ == "__main__":

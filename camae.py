@@ -54,7 +54,7 @@ class Config(RunConfig):
     mask: float = 0.75  # fraction of patches masked, §III-C
     mask_by: Literal["random", "idm", "plb"] = "plb"  # Table II; idm draws heads uniformly
     contrast: bool = True  # Eq. 1; Table I's MAE: --no-contrast --mask-by random or idm
-    mim: bool = True  # Eq. 2; --no-mim: contrastive loss only, MoCo v3 in Tables III to V
+    mim: bool = True  # Eq. 2; MoCo v3: --no-mim --predictor --freeze-patch, Table III
     tau: float = 0.2  # τ, temperature, §IV-A
     lam: float = 0.99  # λ, weight of the new estimate of p, Eq. 4
     eps: float = 0.2  # ε, temperature of the heads' losses, Eq. 4

@@ -105,7 +105,7 @@ class Config(RunConfig):
         trained = (self.lam_ctr > 0 and self.pool == "cls") or (
             self.lam_con > 0 and self.decoder not in ("mlp", "conv"))
         require(self.heat == "features" or trained,
-                "--heat attention: no loss trains the class token; add --heat features")
+                "--heat attention: no loss trains its query; add --heat features")
 
 
 TINY = Config(k=0.5, crop_from=1, crop_every=2, img=32, patch=4, dim=192, depth=4, heads=3,

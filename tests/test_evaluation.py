@@ -407,7 +407,7 @@ def test_a_flag_overrides_its_recipe_and_the_report_says_so(run, shapes, tmp_pat
 
 def test_a_resumed_fine_tuning_ends_in_the_same_weights(run, shapes, tmp_path, monkeypatch):
     """With workers, a recipe that uses all random numbers, and Ctrl-C in the first epoch."""
-    flags = ("--rand-prob", "0.5", "--mix-prob", "0.5", "--erase", "0.5", "--drop-path", "0.5")
+    flags = "--rand-prob 0.5 --mixup 0.8 --cutmix 1 --erase 0.5 --drop-path 0.5".split()
     whole = tune(run, tmp_path / "whole", *flags, "--workers", "0")
     with monkeypatch.context() as patch:
         log = common.Run.log

@@ -36,7 +36,7 @@ def require(condition, message):
 # Flags
 
 # May be typed beside --resume.
-RESUMABLE = ("resume", "root", "device", "compile", "log_every", "eval_every", "workers")
+RESUMABLE = ("resume", "root", "init", "device", "compile", "log_every", "eval_every", "workers")
 
 
 @dataclasses.dataclass
@@ -60,7 +60,7 @@ class RunConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, (int, float)) and field.default >= 0:
-                require(0 <= value < 2 ** 32, f"{flag(field.name)} {value} must be in 0 … 2^32")
+                require(0 <= value < 2 ** 32, f"{flag(field.name)} {value} must be in [0, 2^32)")
         for name in ("epochs", "batch", "lr", "img", "patch", "dim", "depth", "heads", "log_every",
                      "decoder_dim", "decoder_heads"):
             require(getattr(self, name, 1) > 0, f"{flag(name)} must be positive")
@@ -97,11 +97,12 @@ def make_parser(file, doc, Config, TINY):
 
 
 def make_config(typed, Config, TINY, method):
-    """The Config of typed flags, over TINY with --tiny, over a run's own with --resume. A warm-up
-    that is not typed is at most a fifth of the epochs."""
+    """The Config of typed flags, over TINY with --tiny, over a run's own with --resume. With
+    --epochs, an untyped warm-up is at most a fifth of it."""
     if "resume" not in typed:
         base = TINY if typed.get("tiny") else Config()
-        typed.setdefault("warmup", min(base.warmup, typed.get("epochs", base.epochs) / 5))
+        if "epochs" in typed:
+            typed.setdefault("warmup", min(base.warmup, typed["epochs"] / 5))
         return dataclasses.replace(base, **typed)
     saved = read_config(typed["resume"], method)["config"]
     known = {field.name for field in dataclasses.fields(Config)}
@@ -341,7 +342,7 @@ def load_encoder(encoder, path):
 class Run:
     """The folder of a run; only the first process writes. `start`: the first step to do.
 
-    After Ctrl-C or SIGTERM `interrupted` becomes true when the step has been logged.
+    After Ctrl-C or SIGTERM the next log sets `interrupted`.
     """
     def __init__(self, file, cfg, batches, steps, **parts):
         self.method, self.cfg, self.parts = Path(file).stem, cfg, parts
@@ -394,11 +395,14 @@ class Run:
         anew = not set(row) <= set(self.columns)
         if anew:
             self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        with open(self.folder / "metrics.csv", "w" if anew else "a", newline="") as table:
+        file = self.folder / "metrics.csv"
+        part = file.with_suffix(".part") if anew else file
+        with open(part, "w" if anew else "a", newline="") as table:
             writer = csv.DictWriter(table, self.columns)
             if anew:
                 writer.writeheader()
             writer.writerows(self.rows if anew else [row])
+        os.replace(part, file)
 
     def log(self, step, losses):
         """Writes the mean losses every --log-every steps. Raises FloatingPointError."""
@@ -412,12 +416,12 @@ class Run:
             return
         means = {name: float(total) / self.count for name, total in self.sums.items()}
         if not all(math.isfinite(value) for value in means.values()):
-            raise FloatingPointError(f"by step {step} the loss is not finite: {means}")
+            raise FloatingPointError(f"by step {self.step} the loss is not finite: {means}")
+        signals = torch.tensor(self.signal, device=self.device)
         if self.world > 1:
-            signals = torch.tensor(self.signal, device=self.device)
             dist.all_reduce(signals, dist.ReduceOp.MAX)
-            self.signal = int(signals)
-        self.interrupted = self.signal > 0
+        self.interrupted = bool(signals)
+        self.signal = self.signal or int(signals)
         if self.rank == 0:
             pace = (time.time() - self.clock) / self.count
             speed = self.cfg.batch * self.world / pace
@@ -483,15 +487,13 @@ class Run:
         self.drawn = self.clock = time.time()
 
     def finish(self):
-        """Returns the folder. After a signal: says how to continue and exits with 128 + signal."""
+        """Returns the folder. After a signal: exits with 128 + signal."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.rank == 0:
-            done = self.step == self.steps
+            text = "done:" if self.step == self.steps else "stopped; continue with --resume"
             passed = datetime.timedelta(seconds=round(time.time() - self.began))
-            print(f"{'done' if done else 'stopped'} after {passed}: {self.folder}", flush=True)
-            if not done:
-                print(f"to continue: python {self.method}.py --resume {self.folder}", flush=True)
+            print(f"{text} {self.folder} ({passed})", flush=True)
         if self.signal:
             raise SystemExit(128 + self.signal)
         return self.folder

@@ -71,9 +71,9 @@ def test_a_field_of_another_type_is_an_error():
         common.make_parser("x.py", "X", Listed, Listed())
 
 
-def test_an_untyped_warm_up_is_at_most_a_fifth():
+def test_an_untyped_warm_up_is_at_most_a_fifth_of_typed_epochs():
     assert parse("--epochs 4", Plain, Plain()).warmup == 0.8
-    assert parse("", Plain, Plain()).warmup == 1.0
+    assert parse("", Plain, Plain()).warmup == 2.0
     assert parse("--warmup 3", Plain, Plain()).warmup == 3
 
 
@@ -96,6 +96,7 @@ BAD = {
     "choice": ("--device tpu", "--device"),
     "negative": ("--lr -1", "--lr"),
     "not finite": ("--wd inf", "--wd"),
+    "no rows": ("--log-every 0", "--log-every must be positive"),
     "mask": ("--mask 1.5", "--mask"),
     "patch": ("--tiny --patch 5", "--patch 5"),
     "batch": ("--batch 1", "--batch 1"),
@@ -129,7 +130,7 @@ def test_a_loss_that_is_not_finite_ends_with_the_step_and_status_1(tmp_path, cap
     flags = "--tiny --data shapes --images 64 --batch 32 --dim 24 --log-every 1 --out".split()
     assert status(mvmae, *flags, tmp_path / "run") == 1
     line = capsys.readouterr().err
-    assert "step 0" in line and "contrast" in line
+    assert "step 1" in line and "contrast" in line
 
 
 @pytest.mark.parametrize("method, changes, words", [
@@ -433,6 +434,9 @@ def test_another_number_of_images_is_refused_at_resume(run):
     images = load_images("shapes", "train", 18)[torch.arange(150)]
     with pytest.raises(UserError, match="started with 160 images; there are 150"):
         Run("mine.py", cfg, Batches(images, 15, 0, CPU), 20, **run.parts)
+    images = load_images("shapes", "train", 18)[torch.arange(160)]
+    with pytest.raises(UserError, match="started with 1 processes; there are 2"):
+        Run("mine.py", cfg, Batches(images, 8, 0, CPU, 0, 2), 20, **run.parts)
 
 
 def weights(folder):
@@ -469,7 +473,7 @@ def test_a_process_killed_at_three_moments_ends_in_the_same_weights(tmp_path):
         process.wait()
         arguments = ["--resume", tmp_path / "killed"]
     with open(tmp_path / "killed" / "metrics.csv", "a") as table:
-        table.write("999,9")  # a row that was cut off
+        table.write("9,0")  # a row that was cut off
     done = program("mvmae.py", "--resume", tmp_path / "killed")
     assert done.returncode == 0, done.stderr
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
@@ -489,7 +493,7 @@ def test_ctrl_c_under_torchrun_saves(tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     process.wait()
     said = (tmp_path / "said").read_text()
-    assert (tmp_path / "run" / "last.pt").exists() and "stopped after" in said, said
+    assert (tmp_path / "run" / "last.pt").exists() and "stopped; continue with --resume" in said, said
     assert 'mvmae.py", line' not in said and 'common.py", line' not in said, said
 
 
@@ -498,7 +502,7 @@ import mvmae, torch.distributed as dist
 from common import require, run_program, start_processes
 
 def train(cfg):
-    require(start_processes("cpu")[0] == 0, "only one process knows this")
+    require(start_processes("cpu")[1] == 0, "only one process knows this")
     dist.barrier()
 
 run_program(__file__, "X", mvmae.Config, mvmae.TINY, train)

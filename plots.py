@@ -1,4 +1,5 @@
 """Curves of a run, grids of images, confusion matrices."""
+import itertools
 import os
 from collections import defaultdict
 
@@ -81,7 +82,7 @@ def plot_confusion(file, labels, predictions, classes, title):
     if n <= 20:
         axis.set_xticks(range(n), classes, rotation=45, ha="right", parse_math=False)
         axis.set_yticks(range(n), classes, parse_math=False)
-        for i, j in torch.cartesian_prod(torch.arange(n), torch.arange(n)).tolist():
+        for i, j in itertools.product(range(n), repeat=2):
             color = "white" if percent[i, j] > 50 else "black"
             axis.text(j, i, f"{percent[i, j]:.0f}", ha="center", va="center", color=color)
     figure.savefig(file, dpi=100)

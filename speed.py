@@ -33,7 +33,7 @@ from images import Images, UserError
 
 def load_method(name):
     """The module of a method file in this folder, "mclim" or "mclim.py". Raises UserError."""
-    file = Path(__file__).with_name(f"{name.removesuffix('.py')}.py")
+    file = Path(__file__).parent / f"{name.removesuffix('.py')}.py"
     require(file.exists(), f"METHOD {name}: {file} does not exist")
     module = importlib.import_module(file.stem)
     require(hasattr(module, "Model"), f"METHOD {name}: {file.name} has no class Model")

@@ -30,7 +30,7 @@ OTHER_FORMS = [("mclim", {"target": "shared"}), ("mclim", {"target": "separate"}
 def small(method, **changes):
     """A Config of 16 patches of 4×4 pixels, 48 wide and 2 deep: 3 epochs of 4 steps."""
     sizes = {"data": "shapes", "images": 64, "img": 16, "dim": 48, "depth": 2, "batch": 16,
-             "epochs": 3, "warmup": 0.5, "lr": 8e-3, "log_every": 1, "eval_every": 3,
+             "epochs": 3, "warmup": 0.5, "lr": 8e-3, "log_every": 1, "eval_every": 2,
              "device": "cpu", "amp": False}
     return dataclasses.replace(importlib.import_module(method).TINY, **{**sizes, **changes})
 
@@ -68,6 +68,7 @@ def test_a_run_writes_its_folder_and_its_loss_falls(trained, method):
         rows = list(csv.DictReader(table))
     values = [float(row["loss"]) for row in rows if row["loss"]]
     assert len(values) == 12 and sum(values[-3:]) < 0.97 * sum(values[:3]), values
+    assert [int(row["step"]) for row in rows if row["knn"]] == [8, 12]
     assert 0 < float(rows[-1]["knn"]) < 1 and float(rows[-1]["rank"]) > 1
 
 

@@ -41,8 +41,11 @@ def export_model(run, file):
 
 
 def probe_scores(run, encoder="trained encoder"):
-    """kNN, linear and attentive top-1 in percent, and effective rank, from eval_linear.json."""
+    """kNN, linear and attentive top-1 in percent, and effective rank, from eval_linear.json. Empty if
+    that does not have this encoder."""
     report = json.loads((run / "eval_linear.json").read_text())
+    if encoder not in report["percent"]:
+        return {}
     percent = {name: report["percent"][encoder][f"{name}_top1"] for name in PROBES}
     return {**percent, "rank": report["effective_rank"][encoder]}
 
@@ -95,9 +98,10 @@ def collect(run, row, scores):
 
 
 def is_finished(run):
-    """Whether the last epoch of a run has been evaluated."""
+    """Whether a run has been trained and evaluated by eval_linear.py."""
     metrics, facts = run / "metrics.csv", json.loads((run / "config.json").read_text())
-    return metrics.exists() and facts["config"]["epochs"] in read_knn(metrics)[0]
+    return ((run / "eval_linear.json").exists()
+            and facts["config"]["epochs"] in read_knn(metrics)[0])
 
 
 def main():

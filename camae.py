@@ -82,7 +82,7 @@ class Config(RunConfig):
     lr: float = 1.5e-4  # base learning rate, for a batch of 256; MAE's and MoCo v3's
     wd: float = 0.05  # weight decay; MAE's
     warmup: float = 40.0  # epochs of linear warm-up; MAE's and MoCo v3's
-    recompute: bool = False  # recompute the encoder in backward: less memory
+    recompute: bool = False  # activation checkpointing of the encoder
 
     def __post_init__(self):
         super().__post_init__()
@@ -113,12 +113,12 @@ TINY = Config(crop_min=0.2, blur=0.0, img=32, patch=4, dim=192, depth=4, heads=3
 
 # The paper, §III. B: images. N: patches of an image. V: visible patches. P = 3·patch²: values of a
 # patch. K: heads (the paper's M). H = W = img. Encoder, Decoder and other parts are at the end of
-# the file. In small functions B is any number of rows.
+# the file. In small functions B is any batch size.
 
 def views(images, cfg):
     """Two augmented views x_i and x'_i of each image. §III-A
 
-    images: uint8 (B, 3, S, S) or a batch of Batches. Returns view1 and view2, normalised,
+    images: uint8 (B, 3, S, S) or an Images batch. Returns view1 and view2, normalised,
     (B, 3, img, img). With --no-contrast view2 is view1.
     """
     def augment():
@@ -253,7 +253,7 @@ class PLB(nn.Module):
 
     def draw(self, seed, step):
         """Draws the head m of a step, int64 (1,), the same in all processes. Eq. 5"""
-        # seed_step's seed, for a rank that never exists
+        # as seed_step, with an unused rank
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + 1_008)
         u = torch.rand(1, generator=generator).to(self.p.device, non_blocking=True)
         m = torch.searchsorted(self.p.cumsum(0), u, right=True)   # multinomial would block on CUDA

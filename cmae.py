@@ -7,7 +7,7 @@ and masked patches separately; its moving average M_E encodes another view; the 
 Location: a head predicts the position of each visible token. E also selects the area for crops.
 
 One training step on B images of N patches, V visible, D the width of a token:
-    I = rectangle around patches where E's heat map M > k     # Eq. 1     (B, 4), from epoch 60 on
+    I = rectangle around patches where E's heat map M > k     # Eq. 1     (B, 4), every 60 epochs
     x_q, x_k = two crops centred in I, flipped at random      # §3.2      (B, 3, 224, 224)
     q1, q2 = E(visible of x_q), detach(E(masked of x_q))      # §3.3      (B, 1+V, D), (B, 1+N-V, D)
     k1, k2 = M_E(visible of x_k), M_E(masked of x_k)          # §3.3      the same shapes
@@ -119,7 +119,7 @@ TINY = Config(k=0.5, crop_from=1, crop_every=2, img=32, patch=4, dim=192, depth=
 def views(images, cfg, boxes=None):
     """Two crops of each image, each flipped with probability 1/2. §3.2
 
-    images: uint8 (B, 3, S, S) or a batch of Batches. boxes (B, 4): I of Eq. 1; None: plain crops.
+    images: uint8 (B, 3, S, S) or an Images batch. boxes (B, 4): I of Eq. 1; None: plain crops.
     Returns x_q and x_k, normalised, (B, 3, img, img).
     """
     def augment():
@@ -143,8 +143,8 @@ def contrastive_crop(images, size, scale, boxes, alpha):
 
 
 def crop_start(low, high, length, t):
-    """Returns where crops of `length` start: centred at `low` if t = 0, at `high` if t = 1, both
-    moved into the image, interpolated in between. All (B,), fractions of the side."""
+    """Starts of crops of `length`, centred at `low` (t = 0) … `high` (t = 1), both moved into the
+    image. All (B,), fractions of the side."""
     first, last = ((x - length / 2).clamp(min=0).minimum(1 - length) for x in (low, high))
     return torch.lerp(first, last, t)
 
@@ -155,7 +155,7 @@ def semantic_boxes(heat, k):
     hot, n = heat > k, heat.shape[1]  # 1[M > k]
     rows, columns = hot.any(2).int(), hot.any(1).int()  # (B, n)
     top, left = rows.argmax(1), columns.argmax(1)  # the first
-    bottom, right = n - rows.flip(1).argmax(1), n - columns.flip(1).argmax(1)  # behind the last
+    bottom, right = n - rows.flip(1).argmax(1), n - columns.flip(1).argmax(1)  # past the last
     return torch.stack([top, left, bottom, right], 1) / n  # Eq. 1
 
 
@@ -197,7 +197,7 @@ def restore(q1, q2, order):
     x = torch.cat([q1[:, 1:], q2[:, 1:]], 1)  # concat, (B, N, D)
     # Both values of --pool ignore the order. It would matter if P read the flattened h or if
     # Eq. 3 contrasted single tokens.
-    x = x.take_along_dim(order.argsort(1)[..., None], 1)  # restore
+    x = take(x, order.argsort(1))  # restore
     return torch.cat([(q1[:, :1] + q2[:, :1]) / 2, x], 1)
 
 

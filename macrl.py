@@ -6,8 +6,8 @@ Branch s has a higher mask ratio and stronger augmentation. Branch w has weaker 
 contrastive loss compares the encoder's features of the two branches, and both decoders reconstruct.
 
 One training step on B images of N patches (V_s or V_w visible, P values each). D: token width.
-    c_s, c_w = two crops, often smaller in s      # "stronger data augmentation"     (B, 3, 32, 32)
-    x_s, x_w = jitter(c_s), jitter(c_w)           # of colours, more often in s      (B, 3, 32, 32)
+    c_s, c_w = two flipped crops, smaller in s    # "stronger data augmentation"     (B, 3, 32, 32)
+    x_s, x_w = augment(c_s), augment(c_w)         # colours, blur, more often in s   (B, 3, 32, 32)
     z_s = f(25 % of the patches of x_s)           # "higher mask ratio"              (B, 1 + V_s, D)
     z_w = f(50 % of the patches of x_w)           # "weaker data corruptions"        (B, 1 + V_w, D)
     q, k = g(mean of z_s), g(mean of z_w)         # "features from the encoder"      (B, 128)
@@ -119,12 +119,12 @@ TINY = Config(dim=192, depth=4, heads=3, hidden=384, out_dim=64, decoder_depth=2
 
 # The abstract. B: images. N: patches of an image. V: visible patches, V_s or V_w. P = 3·p·p:
 # values of a patch of p×p pixels. H = W = img. out: width of a key. M: keys in the bank. Encoder,
-# Decoder and other parts are at the end of the file. In small functions B is any number of rows.
+# Decoder and other parts are at the end of the file. In small functions B is any batch size.
 
 def views(images, cfg):
     """Views x_s and x_w of the two branches, and the clean crops c_s and c_w they come from.
 
-    images: uint8 (B, 3, S, S) or a batch of Batches. A clean crop is a random resized crop, flipped
+    images: uint8 (B, 3, S, S) or an Images batch. A clean crop is a random resized crop, flipped
     with probability 1/2. Colour jitter, greyscale and blur turn it into a view. Returns
     x_s, x_w, c_s and c_w, normalised, (B, 3, img, img) each.
     """

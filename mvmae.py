@@ -93,12 +93,12 @@ TINY = Config(img=32, patch=4, dim=192, depth=4, heads=3, decoder_depth=2, decod
 
 # The paper, §3. B: images (the paper's N). N: patches of an image. V: visible patches. P = 3·p·p:
 # values of a patch of p×p pixels. H = W = img. views: 2, or 1 with --targets one. Encoder, Decoder
-# and other parts stand at the end of the file. In small functions B is any number of rows.
+# and other parts are at the end of the file. In small functions B is any batch size.
 
 def views(images, cfg):
     """Two crops of each image, each flipped with probability 1/2. §3.1.1
 
-    images: uint8 (B, 3, S, S) or a batch of Batches. Returns view1 and view2, normalised,
+    images: uint8 (B, 3, S, S) or an Images batch. Returns view1 and view2, normalised,
     (B, 3, img, img): the same one twice unless --targets is two.
     """
     def augment():

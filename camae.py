@@ -54,7 +54,7 @@ class Config(RunConfig):
     mask: float = 0.75  # fraction of patches masked, §III-C
     mask_by: Literal["random", "idm", "plb"] = "plb"  # Table II; idm draws heads uniformly
     contrast: bool = True  # Eq. 1; Table I's MAE: --no-contrast --mask-by random or idm
-    mim: bool = True  # Eq. 2; MoCo v3: --no-mim --predictor --freeze-patch, Table III
+    mim: bool = True  # Eq. 2; --no-mim: contrast only; with --predictor --freeze-patch: MoCo v3
     tau: float = 0.2  # τ, temperature, §IV-A
     lam: float = 0.99  # λ, weight of the new estimate of p, Eq. 4
     eps: float = 0.2  # ε, temperature of the heads' losses, Eq. 4
@@ -82,7 +82,7 @@ class Config(RunConfig):
     lr: float = 1.5e-4  # base learning rate, for a batch of 256; MAE's and MoCo v3's
     wd: float = 0.05  # weight decay; MAE's
     warmup: float = 40.0  # epochs of linear warm-up; MAE's and MoCo v3's
-    recompute: bool = False  # activation checkpointing of the encoder
+    recompute: bool = False  # activation checkpointing of the encoder: less memory
 
     def __post_init__(self):
         super().__post_init__()

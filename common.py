@@ -36,7 +36,7 @@ def require(condition, message):
 # Flags
 
 # May be typed beside --resume.
-RESUMABLE = ("resume", "root", "init", "device", "compile", "log_every", "eval_every", "workers")
+RESUMABLE = ("resume", "root", "device", "compile", "log_every", "eval_every", "workers")
 
 
 @dataclasses.dataclass
@@ -48,7 +48,7 @@ class RunConfig:
     out: str = ""  # folder of the run, new or empty; else runs/METHOD-DATE-TIME
     resume: str = ""  # folder of a run to continue
     init: str = ""  # initial encoder: a run, a checkpoint or timm's
-    seed: int = 0  # of all random numbers
+    seed: int = 0  # seed of all random numbers
     device: typing.Literal["auto", "cpu", "cuda"] = "auto"  # where to compute
     amp: bool = True  # bfloat16 autocast where the device is fast in it
     compile: bool = False  # torch.compile the model
@@ -153,7 +153,7 @@ def start_processes(device="auto"):
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if all(name in os.environ for name in names):
         rank, world, local_rank = (int(os.environ[name]) for name in names)
-    require(not cuda or local_rank < torch.cuda.device_count(), "more processes than GPUs")
+    require(not cuda or local_rank < torch.cuda.device_count(), "--nproc-per-node exceeds the GPUs")
     device = torch.device(f"cuda:{local_rank}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)

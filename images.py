@@ -265,11 +265,11 @@ def decode(files, place, side, target):
 
 def read_image(file, side):
     """A file as an upright RGB PIL image on white; a JPEG is decoded no larger than `side` needs.
-    Raises what Pillow raises, and ValueError for more than 8 bits a channel."""
+    Raises what Pillow raises, and ValueError for grey of more than 8 bits."""
     image = Image.open(file)
     image.draft("RGB", (side, side))
     if image.mode[0] in "IF":
-        raise ValueError("more than 8 bits a channel")
+        raise ValueError("more than 8 bits: save it with 8")
     image.load()
     try:
         image = ImageOps.exif_transpose(image)

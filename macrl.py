@@ -6,8 +6,8 @@ Branch s has a higher mask ratio and stronger augmentation. Branch w has weaker 
 contrastive loss compares the encoder's features of the two branches, and both decoders reconstruct.
 
 One training step on B images of N patches (V_s or V_w visible, P values each). D: token width.
-    c_s, c_w = two flipped crops, smaller in s    # "stronger data augmentation"     (B, 3, 32, 32)
-    x_s, x_w = augment(c_s), augment(c_w)         # colours, blur, more often in s   (B, 3, 32, 32)
+    c_s, c_w = two crops, often smaller in s      # "stronger data augmentation"     (B, 3, 32, 32)
+    x_s, x_w = augment(c_s), augment(c_w)         # colours, more often in s         (B, 3, 32, 32)
     z_s = f(25 % of the patches of x_s)           # "higher mask ratio"              (B, 1 + V_s, D)
     z_w = f(50 % of the patches of x_w)           # "weaker data corruptions"        (B, 1 + V_w, D)
     q, k = g(mean of z_s), g(mean of z_w)         # "features from the encoder"      (B, 128)

@@ -13,7 +13,7 @@ One training step on B images of N patches, D the width of a token, P values a p
     tokens1 = F1(view1, a learnable vector in masked patches)     # Eq. 1     (B, N, D)
     Z1 = T1(tokens1)                                              # Eq. 3     (B, N, P)
     L1 = MSE(PixelShuffle(Z1), normalised patches of view1)       # Eq. 4, 6  masked patches only
-    Z2 = T2(F2(view2)), T2 and F2 frozen                          # Eq. 2, 5  (B, N, P)
+    Z2 = T2(F2(view2)), no gradient                               # Eq. 2, 5  (B, N, P)
     L2 = DCL(Z1.mean(1), Z2.mean(1))                              # Eq. 8, 9  a scalar
     step of AdamW on λ·L1 + L2                                    # Eq. 10
     F2, T2 ← m·(F2, T2) + (1 - m)·(F1, T1)                        # --target momentum, inferred

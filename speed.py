@@ -33,8 +33,9 @@ from images import Images, UserError
 
 def load_method(name):
     """The module of a method file in this folder, "mclim" or "mclim.py". Raises UserError."""
-    file = Path(__file__).parent / f"{name.removesuffix('.py')}.py"
-    require(file.exists(), f"METHOD {name}: {file} does not exist")
+    folder = Path(__file__).parent
+    file = folder / f"{name.removesuffix('.py')}.py"
+    require(file.parent == folder and file.exists(), f"METHOD {name}: not a file of {folder}")
     module = importlib.import_module(file.stem)
     require(hasattr(module, "Model"), f"METHOD {name}: {file.name} has no class Model")
     return module

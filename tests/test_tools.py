@@ -439,7 +439,8 @@ def test_curves_of_branches_share_a_panel(monkeypatch):
 # All programs
 
 @pytest.mark.parametrize("tool, command, words", [
-    (speed, "nothing --tiny", "nothing.py does not exist"),
+    (speed, "nothing --tiny", "METHOD nothing: not a file of"),
+    (speed, "tests/mclim --tiny", "METHOD tests/mclim: not a file of"),
     (speed, "common", "no class Model"), (speed, "mvmae --tua 1", "--tua"),
     (eval_dense, "{run} --data {tmp}", "images/training"),
     (show, "{run} --images 0", "--images 0"),

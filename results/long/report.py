@@ -41,8 +41,8 @@ def export_model(run, file):
 
 
 def probe_scores(run, encoder="trained encoder"):
-    """kNN, linear and attentive top-1 in percent, and effective rank, from eval_linear.json. Empty if
-    that does not have this encoder."""
+    """kNN, linear and attentive top-1 in percent, and effective rank, from eval_linear.json. Empty
+    if it lacks `encoder`."""
     report = json.loads((run / "eval_linear.json").read_text())
     if encoder not in report["percent"]:
         return {}
@@ -90,11 +90,10 @@ def collect(run, row, scores):
     own = {"row": row, "seed": seed, "commit": facts["git"][:7]}
     scores[row, seed] = {**scores.get((row, seed), {}), **own, **probe_scores(run),
                          **finetune_scores(run)}
-    key = "random weights", seed
-    if key not in scores:  # the probes of the first finished row
-        untrained = probe_scores(run, "untrained encoder")
-        scores[key] = {"row": "random weights", "seed": seed, **untrained}
-    scores[key].update(finetune_scores(run.with_name(f"random-weights-{seed}")))
+    line = scores.setdefault(("random weights", seed), {"row": "random weights", "seed": seed})
+    if not line.get("rank"):  # the probes of the first row that has them
+        line.update(probe_scores(run, "untrained encoder"))
+    line.update(finetune_scores(run.with_name(f"random-weights-{seed}")))
 
 
 def is_finished(run):

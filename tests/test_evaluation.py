@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -200,6 +201,31 @@ def test_an_exported_model_stores_no_momentum_copies(untrained, method, changes,
     stored = {value.data_ptr() for value in torch.load(file, weights_only=True)["model"].values()}
     assert len(stored) == len(model.state_dict()) - sum(
         len(model.get_submodule(copy).state_dict()) for copy in copies)
+
+
+def test_a_report_collects_finished_runs_and_keeps_earlier_scores(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    out, weights = tmp_path / "results/long", tmp_path / "weights"
+    for folder in (out, weights, tmp_path / "runs/long/cmae-0-0.01"):
+        folder.mkdir(parents=True)
+    (out / "rows.txt").write_text("MAE = mvmae.py\nCMAE = cmae.py\nCAMAE = camae.py\n")
+    (out / "scores.csv").write_text("row,seed,knn,rank\nMAE,0,40,9\n")
+    (tmp_path / "runs/long/cmae-0-0.01/eval_finetune.json").write_text('{"percent": {"top1": 7}}')
+    (run / "config.json").write_text('{"config": {"seed": 0, "epochs": 3}, "git": "abcdef0123"}')
+    (run / "metrics.csv").write_text("step,epoch,knn\n1,1,0.1\n2,3,0.2\n")
+    shutil.copytree(run, tmp_path / "runs/long/camae-0")  # not evaluated
+    percent = {f"{name}_top1": value for name, value in zip(report.PROBES, (1, 2, 3))}
+    (run / "eval_linear.json").write_text(json.dumps({
+        "percent": {"trained encoder": percent}, "effective_rank": {"trained encoder": 4}}))
+    shutil.copytree(run, tmp_path / "runs/long/cmae-0")
+    (run / "metrics.csv").write_text("step,epoch,knn\n1,1,0.1\n")  # not finished
+    shutil.copytree(run, tmp_path / "runs/long/mae-0")
+    report.main()
+    assert (out / "scores.csv").read_text().splitlines()[1:] == [
+        "CMAE,0,abcdef0,1,2,3,4,,7", "MAE,0,,40,,,9,,", "random weights,0,,,,,,,"]
+    assert [file.name for file in weights.iterdir()] == ["cmae.pt"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "cmae-0", "knn.png", "rows.txt", "scores.csv"]
 
 
 def test_load_model_reads_runs_checkpoints_and_half_precision(run, capsys):

@@ -83,7 +83,7 @@ def draw_knn(out, rows):
 def collect(run, row, scores):
     """Copies the log of a finished run and adds its scores and those of its untrained encoder."""
     facts = json.loads((run / "config.json").read_text())
-    seed, out = str(facts["config"]["seed"]), Path(__file__).parent / run.name
+    seed, out = str(facts["config"]["seed"]), ROOT / "results/long" / run.name
     out.mkdir(exist_ok=True)
     for name in ("config.json", "metrics.csv"):
         shutil.copy(run / name, out)

@@ -7,7 +7,7 @@ and masked patches separately; its moving average M_E encodes another view; the 
 Location: a head predicts the position of each visible token. E also selects the area for crops.
 
 One training step on B images of N patches, V visible, D the width of a token:
-    I = rectangle around patches where E's heat map M > k     # Eq. 1     (B, 4), at epochs 60, 120 …
+    I = rectangle around patches where E's heat map M > k     # Eq. 1     (B, 4), epochs 60, 120 …
     x_q, x_k = two crops centred in I, flipped at random      # §3.2      (B, 3, 224, 224)
     q1, q2 = E(visible of x_q), detach(E(masked of x_q))      # §3.3      (B, 1+V, D), (B, 1+N-V, D)
     k1, k2 = M_E(visible of x_k), M_E(masked of x_k)          # §3.3      the same shapes

@@ -1,14 +1,15 @@
 """Checks and measures all methods on one CUDA GPU in ten minutes.
 
-    python -m results.gpu --out runs/gpu --data cifar10      on a GPU; or --data FOLDER
-    python -m results.gpu --out runs/try --rehearse          tiny, on the CPU
+    python -m results.gpu --out runs/gpu --data cifar10    or --data FOLDER
+    python -m results.gpu --out runs/try --rehearse        tiny, on the CPU
 
-Five parts, each a process with a time limit; a failure does not stop the next:
-  agree   three steps in float32 and bfloat16 against the CPU; a resumed run; compile: compiled
+Five parts, each a process with a time limit (status 124); a failure does not stop the next:
+  agree   three steps in float32 and bfloat16 against the CPU; a resumed run
+  compile compiled runs
   speed   30 steps of each default configuration, then batches 16 and 256
   views   views alone at 32 and 224 pixels
   mclim   MCLim as in the paper (224 pixels, 768 × 6), batch 64, as many epochs as fit
-Every figure is printed and written to OUT/figures.jsonl at once.
+Each figure is printed and written to OUT/figures.jsonl at once.
 """
 import argparse
 import csv
@@ -158,21 +159,9 @@ def run_mclim(args, device):
                         device=device.type))
 
 
-def run_part(part):
-    """Runs a part in a process. At its limit SIGTERM ends it; a training saves."""
-    process = subprocess.Popen([sys.executable, "-m", "results.gpu", *sys.argv[1:], "--part", part])
-    try:
-        return {"status": process.wait(LIMITS[part])}
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        return {"stopped": process.wait(30)}
-    finally:
-        process.kill()
-
-
 def main():
     parser = argparse.ArgumentParser("results.gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the figures")
+    parser.add_argument("--out", type=Path, required=True, help="folder of figures")
     parser.add_argument("--data", default="shapes", help="of part mclim")
     parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
     parser.add_argument("--part", choices=LIMITS)
@@ -184,8 +173,10 @@ def main():
     if args.part:
         parts[args.part](args, start_processes("cpu" if args.rehearse else "cuda")[0])
     else:
-        for part in LIMITS:
-            note(args, f"part {part}", lambda: run_part(part))
+        for part, limit in LIMITS.items():  # SIGTERM: a training saves
+            command = ["timeout", "-k", "30", str(limit), sys.executable, "-m", "results.gpu",
+                       *sys.argv[1:], "--part", part]
+            note(args, f"part {part}", lambda: {"status": subprocess.run(command).returncode})
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ and one thread: loss 6.931 in step 1 and 5.388 in the last.
 """
 import copy
 import math
-import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
@@ -229,7 +228,7 @@ class CAMAE(nn.Module):
         """Normalised images (B, 3, H, W) → (masked input, prediction), both normalised images.
 
         Visible patches are shown as they are. With --norm-pixels each predicted patch gets its
-        true mean and deviation.
+        true mean and std.
         """
         p, patches = self.cfg.patch, patchify(x, self.cfg.patch)                  # (B, N, P)
         mask = self.draw_mask(x)                                                  # (B, N)
@@ -393,7 +392,7 @@ def ema(average, model, m):
 
 def gather(z):
     """(B, D) → (world·B, D), the rows of all processes. The gradient of this process's rows is
-    multiplied by world, because DistributedDataParallel averages gradients. Right only if every
+    multiplied by world, because DistributedDataParallel averages gradients. Valid only if every
     process computes the same loss of all rows."""
     if not dist.is_initialized():
         return z
@@ -415,12 +414,12 @@ def unpatchify(x, p):
 
 
 def normalize_patches(patches):
-    """Each patch of (B, N, P) to mean 0 and standard deviation 1, as in MAE."""
+    """Scales each patch of (B, N, P) to mean 0 and std 1, as in MAE."""
     return (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
 
 
 def denormalize_patches(pred, patches):
-    """Gives normalised predictions (B, N, P) the mean and deviation of the true `patches`."""
+    """Gives normalised predictions (B, N, P) the mean and std of the true `patches`."""
     return pred * (patches.var(2, keepdim=True) + 1e-6).sqrt() + patches.mean(2, keepdim=True)
 
 
@@ -577,4 +576,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

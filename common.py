@@ -35,7 +35,7 @@ def require(condition, message):
 
 # Flags
 
-# May be typed beside --resume.
+# May be given beside --resume.
 RESUMABLE = ("resume", "root", "device", "compile", "log_every", "eval_every", "workers")
 
 
@@ -45,7 +45,7 @@ class RunConfig:
     data: str = "cifar10"  # cifar10, cifar100, stl10, tiny-imagenet, shapes or a folder
     root: str = "data"  # where data sets are downloaded and folders decoded
     images: int = 0  # train on this many images, the same in every run; 0: all
-    out: str = ""  # folder of the run, new or empty; else runs/METHOD-DATE-TIME
+    out: str = ""  # folder of the run, new or empty; default: runs/METHOD-DATE-TIME
     resume: str = ""  # folder of a run to continue
     init: str = ""  # initial encoder: a run, a checkpoint or timm's
     seed: int = 0  # seed of all random numbers
@@ -54,7 +54,7 @@ class RunConfig:
     compile: bool = False  # torch.compile the model
     log_every: int = 20  # steps between rows of metrics.csv
     eval_every: int = 10  # epochs between evaluations; 0: never
-    tiny: bool = False  # a size for a laptop
+    tiny: bool = False  # small model and images
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -97,8 +97,8 @@ def make_parser(file, doc, Config, TINY):
 
 
 def make_config(typed, Config, TINY, method):
-    """The Config of typed flags, over TINY with --tiny, over a run's own with --resume. With
-    --epochs, an untyped warm-up is at most a fifth of it."""
+    """The Config of the flags given, over TINY with --tiny, over a run's with --resume. If
+    --epochs is given and --warmup is not, the warm-up is at most a fifth of it."""
     if "resume" not in typed:
         base = TINY if typed.get("tiny") else Config()
         if "epochs" in typed:
@@ -272,7 +272,7 @@ def effective_rank(features):
 # Checkpoints
 
 def save_file(state, file, previous=None):
-    """torch.save beside `file`, then moved over it; the old one becomes `previous`."""
+    """Saves beside `file` and moves the result over it; the old file becomes `previous`."""
     part = file.with_suffix(".part")
     try:
         torch.save(state, part)
@@ -292,11 +292,7 @@ def read_file(file):
                 require(archive.testzip() is None, "a checksum is wrong")
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        if "argparse.Namespace" in str(error):
-            raise UserError(f"{file} holds more than tensors. These lines extract the weights:\n"
-                            f"state = torch.load({str(file)!r}, weights_only=False)\n"
-                            "torch.save(state['model'], 'weights.pt')") from error
-        raise UserError(f"{file} is damaged or no checkpoint: {repr(error)[:99]}") from error
+        raise UserError(f"{file} is damaged or not a checkpoint: {repr(error)[:99]}") from error
 
 
 def save_checkpoint(folder, method, step, cfg, **parts):
@@ -382,7 +378,7 @@ class Run:
         self.drawn = 0
 
     def stop(self, number, frame):
-        """Notes a signal. A second ends the program, but torchrun sends each twice."""
+        """Notes a signal. A second one ends the program, but torchrun sends each twice."""
         if self.world == 1:
             signal.signal(number, signal.SIG_DFL)
         if self.rank == 0 and not self.signal:
@@ -392,16 +388,17 @@ class Run:
     def write(self, row):
         """Appends a row to metrics.csv, or rewrites it if the row has a new column."""
         self.rows.append(row)
-        anew = not set(row) <= set(self.columns)
-        if anew:
-            self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
         file = self.folder / "metrics.csv"
-        part = file.with_suffix(".part") if anew else file
-        with open(part, "w" if anew else "a", newline="") as table:
+        if set(row) <= set(self.columns):
+            with open(file, "a", newline="") as table:
+                csv.DictWriter(table, self.columns).writerow(row)
+            return
+        self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        part = file.with_suffix(".part")
+        with open(part, "w", newline="") as table:
             writer = csv.DictWriter(table, self.columns)
-            if anew:
-                writer.writeheader()
-            writer.writerows(self.rows if anew else [row])
+            writer.writeheader()
+            writer.writerows(self.rows)
         os.replace(part, file)
 
     def log(self, step, losses):

@@ -35,7 +35,7 @@ from speed import config_of, gflop_per_image, load_method
 
 SCORES = {"knn_top1": "kNN %", "linear_top1": "linear %", "attentive_top1": "attentive %",
           "rank": "effective rank"}
-Job = namedtuple("Job", "row cfg folder steps")  # a run
+Job = namedtuple("Job", "row module cfg folder steps")  # a run
 
 
 def read_rows(text):
@@ -73,7 +73,7 @@ def plan(rows, flags, args):
             per_epoch = len(Batches(train, cfg.batch, cfg.seed, torch.device("cpu")))
         except UserError as error:
             raise UserError(f"row {row}: {error}") from error
-        cost = gflop_per_image(cfg) * cfg.batch  # of a step
+        cost = gflop_per_image(module, cfg) * cfg.batch  # of a step
         costs[row] = cost * per_epoch
         steps = int(args.gflop / cost) if compute else max(1, round(cfg.epochs * per_epoch))
         require(steps > 0, f"--gflop {args.gflop} is less than a step of {row}, {cost:.4g}")
@@ -88,7 +88,7 @@ def plan(rows, flags, args):
                     require(name in (*RESUMABLE, "out") or value == saved.get(name),
                             f"{folder} is a run with another {name}: choose another --out")
                 cfg = dataclasses.replace(cfg, resume=str(folder))
-            jobs.append(Job(row, cfg, folder, steps))
+            jobs.append(Job(row, module, cfg, folder, steps))
     if not compute and not any(word.split("=")[0] == "--epochs" for word in flags):
         row = max(costs, key=costs.get)
         budget = float(f"{10 * costs[row]:.2g}")
@@ -117,7 +117,7 @@ def run_job(job):
     """Trains a run, or continues it, and evaluates it. Returns its scores."""
     cfg = job.cfg
     try:
-        sys.modules[type(cfg).__module__].train(cfg)
+        job.module.train(cfg)
     finally:  # after an error the handlers of Run are still set
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -148,7 +148,7 @@ class RawPatches(nn.Module):
 # The program
 
 def evaluate(args):
-    """Evaluates as the command line says. Returns what is written to eval_dense.json."""
+    """Evaluates as the command line says."""
     device, _, _ = start_processes(args.device)
     model, cfg = load_model(args.run)
     data, img = args.data or "shapes", cfg.img
@@ -184,13 +184,13 @@ def evaluate(args):
         print(f"{name:18} {mean:9.2f} {right:15.2f}", flush=True)
 
     folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
-    file = folder / f"eval_dense{f'-{Path(data).resolve().name}' if args.data else ''}.json"
+    suffix = f"-{Path(data).resolve().name}" if args.data else ""
+    file = folder / f"eval_dense{suffix}.json"
     draw(file.with_suffix(".png"), test.pixels, {"truth": truth, **predictions}, names, args.ignore)
     report = {"checkpoint": str(args.run), "data": data, "recipe": RECIPE, "percent": percent,
               "iou": each}
     file.write_text(json.dumps(report, indent=1) + "\n")
     print(f"written: {file} and {file.stem}.png")
-    return report
 
 
 def draw(file, images, masks, names, ignore):
@@ -214,13 +214,14 @@ def main(argv=None):
     parser.add_argument("--data", default="", help="shapes or a folder in ADE20K's layout")
     parser.add_argument("--ignore", type=int, default=255, metavar="INDEX",
                         help="class of the pixels that do not count (default: 255)")
-    parser.add_argument("--baselines", action="store_true", help="also without training")
+    parser.add_argument("--baselines", action="store_true",
+                        help="also the untrained encoder and raw patches")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True,
                         help="bfloat16 autocast where the device is fast in it")
     args = parser.parse_args(argv)
     try:
-        return evaluate(args)
+        evaluate(args)
     except (UserError, OSError) as error:
         parser.error(str(error))
 

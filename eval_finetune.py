@@ -15,7 +15,6 @@ The last epoch counts: eval_finetune.json. --resume needs RUN where it was.
 import json
 import os
 import signal
-import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -256,4 +255,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

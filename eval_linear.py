@@ -4,7 +4,7 @@
     python eval_linear.py RUN --baselines        also the untrained encoder and raw pixels
     python eval_linear.py RUN --protocol mae     the linear probe of MAE's published code
 
-All labelled images are used, and seen by their central crop. The last epoch of a probe counts.
+All labelled images are used, as central crops. The last epoch of a probe counts.
 kNN: the 20 training images with the highest cosine vote, each with weight exp(cosine / 0.07).
 Linear probe: a linear layer on `features`, standardised by the training images.
 Attentive probe: a learned query q weighs the standardised `tokens` x_t of an image by
@@ -26,7 +26,6 @@ import importlib
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -311,4 +310,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

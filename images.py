@@ -88,17 +88,18 @@ def download(data, split, side, root):
     """A data set of DOWNLOADS as Images. STL-10's training split includes its unlabelled images."""
     folder = Path(root, "tiny-imagenet-200")
     try:
-        if data == "tiny-imagenet" and not folder.exists():
-            os.makedirs(root, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=root) as part:
-                torchvision.datasets.utils.download_and_extract_archive(
-                    DOWNLOADS[data], part, md5="90528d7ca1a48142e341f4ef8d21d0de")
-                os.rename(Path(part, folder.name), folder)
+        if data == "tiny-imagenet":
+            if not folder.exists():
+                os.makedirs(root, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=root) as part:
+                    torchvision.datasets.utils.download_and_extract_archive(
+                        DOWNLOADS[data], part, md5="90528d7ca1a48142e341f4ef8d21d0de")
+                    os.rename(Path(part, folder.name), folder)
         elif data == "stl10":
             part = "train+unlabeled" if split == "train" else "test"
             source = torchvision.datasets.STL10(root, part, download=True)
             pixels, labels = torch.from_numpy(source.data), torch.from_numpy(source.labels)
-        elif data != "tiny-imagenet":
+        else:
             CIFAR = getattr(torchvision.datasets, data.upper())
             source = CIFAR(root, split == "train", download=True)
             pixels = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
@@ -162,18 +163,20 @@ def load_folder(folder, split, side, root):
     if not folder.is_dir():
         raise UserError(f"--data {folder}: expected {', '.join(DOWNLOADS)}, shapes "
                         "or a folder with train/CLASS/IMAGE and test/CLASS/IMAGE")
-    place = folder / "train" if find_images(folder / "train") else folder
+    place = folder / "train"
     files = find_images(place)
     if not files:
-        raise UserError(f"--data {folder}: {place} holds no images")
+        place, files = folder, find_images(folder)
+        if not files:
+            raise UserError(f"--data {folder}: no images")
+        below = {Path(file).relative_to(folder).parent for file in files}
+        odd = [readable(path) for path in below if SPLITS & {part.lower() for part in path.parts}]
+        if odd:
+            raise UserError(f"--data {folder}: expected train/CLASS/IMAGE, found {min(odd)}/")
+        if split == "test":
+            return None
     names = class_names(files, place)
     classes = sorted(set(names) - {""})
-    below = {Path(file).relative_to(place).parent for file in files} if place == folder else ()
-    odd = [readable(path) for path in below if SPLITS & {part.lower() for part in path.parts}]
-    if odd:
-        raise UserError(f"--data {folder}: expected train/CLASS/IMAGE, found {min(odd)}/")
-    if split == "test" and place == folder:
-        return None
     if split == "test":
         for place in (folder / "test", folder / "val"):
             files = find_images(place)
@@ -185,7 +188,7 @@ def load_folder(folder, split, side, root):
             return None
         unknown = sorted(set(names) - {"", *classes})
         if unknown and len(classes) > 1:
-            raise UserError(f"--data {folder}: {place} has class {unknown[0]}, train has not")
+            raise UserError(f"--data {folder}: {place} has class {unknown[0]}, which train lacks")
     numbers = {name: i for i, name in enumerate(classes)} if len(classes) > 1 else {}
     labels = torch.tensor([numbers.get(name, -1) for name in names])
     pixels, aspect = decode_once(files, place, side, root)
@@ -265,7 +268,7 @@ def decode(files, place, side, target):
 
 def read_image(file, side):
     """A file as an upright RGB PIL image on white; a JPEG is decoded no larger than `side` needs.
-    Raises what Pillow raises, and ValueError for grey of more than 8 bits."""
+    Raises Pillow's errors, and ValueError for grey of more than 8 bits."""
     image = Image.open(file)
     image.draft("RGB", (side, side))
     if image.mode[0] in "IF":

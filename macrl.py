@@ -30,7 +30,6 @@ step 1 and 4.463 on average in the last 19 steps; papers/macrl.md has the comman
 """
 import copy
 import math
-import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
@@ -56,7 +55,7 @@ class Config(RunConfig):
     lam_c: float = 1.0  # λ_c, weight of the contrastive loss, 0 turns it off; ours
     lam_r: float = 1.0  # λ_r, weight of the reconstruction loss, 0 turns it off; ours
     tau: float = 0.2  # τ, temperature; MoCo v2's
-    keys: Literal["shared", "momentum"] = "shared"  # from f and g, or their averages
+    keys: Literal["shared", "momentum"] = "shared"  # computed by f and g or by their averages
     momentum: float = 0.99  # momentum of the averages f_ξ and g_ξ, rises to 1; MoCo v3's
     bank: int = 0  # M, number of keys of earlier steps used as extra negatives
     pool: Literal["mean", "cls"] = "mean"  # features: mean of patch tokens, or class token; ours
@@ -229,7 +228,7 @@ class MACRL(nn.Module):
         """Normalised images (B, 3, H, W) → (masked input, prediction) of a branch, both normalised
         images.
 
-        With --norm-pixels each predicted patch gets its true mean and deviation. Visible patches
+        With --norm-pixels each predicted patch gets its true mean and std. Visible patches
         are shown as they are, or as predicted with --pixels all.
         """
         cfg, patches = self.cfg, patchify(x, self.cfg.patch)                    # (B, N, P)
@@ -335,7 +334,7 @@ def ema(average, model, m):
 
 def gather(z):
     """(B, D) → (world·B, D), the rows of all processes. The gradient of this process's rows is
-    multiplied by world, because DistributedDataParallel averages gradients. Right only if every
+    multiplied by world, because DistributedDataParallel averages gradients. Valid only if every
     process computes the same loss of all rows."""
     if not dist.is_initialized():
         return z
@@ -357,12 +356,12 @@ def unpatchify(x, p):
 
 
 def normalize_patches(patches):
-    """Each patch of (B, N, P) to mean 0 and standard deviation 1, as in MAE."""
+    """Scales each patch of (B, N, P) to mean 0 and std 1, as in MAE."""
     return (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
 
 
 def denormalize_patches(pred, patches):
-    """Gives normalised predictions (B, N, P) the mean and deviation of the true `patches`."""
+    """Gives normalised predictions (B, N, P) the mean and std of the true `patches`."""
     return pred * (patches.var(2, keepdim=True) + 1e-6).sqrt() + patches.mean(2, keepdim=True)
 
 
@@ -496,4 +495,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

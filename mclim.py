@@ -26,11 +26,10 @@ MCLim "degenerates to the MOCO V3 algorithm", §3.2.3), --lr, --tau, --norm-pixe
     python mclim.py --tiny --data shapes            a first look on a laptop
     python eval_finetune.py runs/mclim-DATE-TIME    accuracy
 
-With --tiny --images 5000 --epochs 1 on CIFAR-10 (JPEG), the last loss is 5.932.
+With --tiny --images 5000 --epochs 1 on CIFAR-10 (JPEG), the last logged loss is 5.932.
 """
 import copy
 import math
-import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
@@ -216,7 +215,7 @@ class MCLim(nn.Module):
     def reconstruct(self, x):
         """Normalised images (B, 3, H, W) → (masked input, prediction), both normalised images.
 
-        With --norm-pixels each predicted patch gets its true mean and deviation. With --pixels
+        With --norm-pixels each predicted patch gets its true mean and std. With --pixels
         masked the prediction shows visible patches as they are in x.
         """
         s, patches = self.encoder.stride, patchify(x, self.encoder.stride)      # (B, N, P)
@@ -335,7 +334,7 @@ def ema(average, model, m):
 
 def gather(z):
     """(B, D) → (world·B, D), the rows of all processes. The gradient of this process's rows is
-    multiplied by world, because DistributedDataParallel averages gradients. Right only if every
+    multiplied by world, because DistributedDataParallel averages gradients. Valid only if every
     process computes the same loss of all rows."""
     if not dist.is_initialized():
         return z
@@ -362,12 +361,12 @@ def unpatchify(x, p):
 
 
 def normalize_patches(patches):
-    """Each patch of (B, N, P) to mean 0 and standard deviation 1, as in MAE."""
+    """Scales each patch of (B, N, P) to mean 0 and std 1, as in MAE."""
     return (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
 
 
 def denormalize_patches(pred, patches):
-    """Gives normalised predictions (B, N, P) the mean and deviation of the true `patches`."""
+    """Gives normalised predictions (B, N, P) the mean and std of the true `patches`."""
     return pred * (patches.var(2, keepdim=True) + 1e-6).sqrt() + patches.mean(2, keepdim=True)
 
 
@@ -537,7 +536,7 @@ class RelativeBlock(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """A Block without its attention: each token by itself, the shape stays."""
+    """A Block without attention: it processes each token separately."""
     def __init__(self, dim, hidden):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -604,4 +603,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -3,7 +3,7 @@ General Image Representation", Applied Sciences 13(22), 12413, 2023, doi:10.3390
 
 Two crops of each image are taken, 80 % of the patches of each are masked, and one autoencoder
 reconstructs both crops. The latents of the visible patches are contrasted: those of one image
-attract, those of different images repel. Masking is the strong augmentation of the contrast.
+attract, those of different images repel. Masking serves as the strong augmentation.
 
 One training step on B images of N patches, V visible, D the width of a token, P values a patch:
     view1, view2 = two crops of each, flipped at random    # §3.1.1    (B, 3, 224, 224), normalised
@@ -26,7 +26,6 @@ Not yet run on a GPU. With --tiny --images 5000 --epochs 1 on CIFAR-10 (JPEG), t
 step 1 and 6.914 on average in the last 19 steps.
 """
 import math
-import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
@@ -161,7 +160,7 @@ class MVMAE(nn.Module):
     def reconstruct(self, x):
         """Normalised images (B, 3, H, W) → (masked input, prediction), both normalised images.
 
-        With --norm-pixels each predicted patch gets the mean and deviation that it has in x.
+        With --norm-pixels each predicted patch gets the mean and std that it has in x.
         Visible patches are shown as they are unless the loss counts them.
         """
         p, patches = self.cfg.patch, patchify(x, self.cfg.patch)                # (B, N, P)
@@ -254,7 +253,7 @@ def train(cfg):
 
 def gather(z):
     """(B, D) → (world·B, D), the rows of all processes. The gradient of this process's rows is
-    multiplied by world, because DistributedDataParallel averages gradients. Right only if every
+    multiplied by world, because DistributedDataParallel averages gradients. Valid only if every
     process computes the same loss of all rows."""
     if not dist.is_initialized():
         return z
@@ -276,12 +275,12 @@ def unpatchify(x, p):
 
 
 def normalize_patches(patches):
-    """Each patch of (B, N, P) to mean 0 and standard deviation 1, as in MAE."""
+    """Scales each patch of (B, N, P) to mean 0 and std 1, as in MAE."""
     return (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
 
 
 def denormalize_patches(pred, patches):
-    """Gives normalised predictions (B, N, P) the mean and deviation of the true `patches`."""
+    """Gives normalised predictions (B, N, P) the mean and std of the true `patches`."""
     return pred * (patches.var(2, keepdim=True) + 1e-6).sqrt() + patches.mean(2, keepdim=True)
 
 
@@ -415,4 +414,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

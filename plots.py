@@ -5,7 +5,7 @@ from collections import defaultdict
 
 import torch
 
-os.environ["MPLBACKEND"] = "agg"  # files need no screen; a notebook's value fails outside of it
+os.environ["MPLBACKEND"] = "agg"  # needs no display; a notebook's own backend fails in scripts
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 

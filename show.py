@@ -12,11 +12,10 @@ Rows, at most twelve:
   attention        in the last block, mean over the heads; black: least, yellow: most
   masks of CAMAE's heads
 Tokens, attention and box are of the unmasked image. With --norm-pixels, reconstructed patches
-get their true mean and deviation. Writes show.png, or show-NAME.png with --folder or --data.
+get their true mean and std. Writes show.png, or show-NAME.png with --folder or --data.
 """
 import argparse
 import inspect
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,7 +168,7 @@ def read_folder(folder, side, count):
 
 @torch.no_grad()
 def show(args):
-    """Draws the picture. Returns its file. Raises UserError."""
+    """Draws the picture. Raises UserError."""
     require(args.images > 0, f"--images {args.images} must be positive")
     run, source = Path(args.run), args.folder or args.data
     name = f"show-{Path(source).resolve().name}.png" if source else "show.png"
@@ -177,7 +176,7 @@ def show(args):
     require(file.suffix in (".png", ".pdf", ".svg"), f"--out {file} must end in .png, .pdf or .svg")
     device, _, _ = start_processes(args.device)
     model, cfg = load_model(args.run)
-    module = sys.modules[type(model).__module__]
+    module = inspect.getmodule(model)
     names = ()
     if args.folder:
         images, names = read_folder(args.folder, round(cfg.img * 8 / 7), args.images)
@@ -206,7 +205,6 @@ def show(args):
             rows |= mask_rows(module, model, x, maps, ROWS - len(rows))
     plot_images(file, rows, names)
     print(f"written: {readable(file)}")
-    return file
 
 
 def main(argv=None):
@@ -223,7 +221,7 @@ def main(argv=None):
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args(argv)
     try:
-        return show(args)
+        show(args)
     except (UserError, OSError) as error:
         parser.error(str(error))
 

@@ -4,7 +4,7 @@
     python speed.py mclim --tiny --batch 64      any flags of the method file
     python speed.py mclim --tiny --compile       the compiled model
 
-Prints images/s; each rate is the median of at least three calls and five seconds, after two calls:
+Prints images/s, the median of at least three calls and five seconds, after two warm-up calls:
   reading    batches of random uint8 images, copied to the device or, if they fit, indexed there
   views      the two views of each image
   step       forward, backward and AdamW on random views, in the precision that training uses;
@@ -18,7 +18,6 @@ import argparse
 import importlib
 import math
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -49,13 +48,13 @@ def config_of(module, flags, **fixed):
 
 
 def convolution_backward_flop(grad, x, weight, *rest, **_):
-    """Operations of a convolution's backward: those of its forward for each of the gradients of
-    input and weight that is needed. torch's own count is too large for grouped convolutions."""
+    """Operations of a convolution's backward pass: those of the forward for each gradient needed
+    (input, weight). torch's own count is too large for grouped convolutions."""
     needed = rest[-1][:2]
     return 2 * math.prod(grad) * math.prod(weight[1:]) * sum(needed)
 
 
-def gflop_per_image(cfg):
+def gflop_per_image(module, cfg):
     """10⁹ floating-point operations of forward and backward for one image: those of matrix
     products and convolutions, a multiplication and an addition counted as two.
 
@@ -63,7 +62,7 @@ def gflop_per_image(cfg):
     and are small; views, optimizer and moving averages are not counted.
     """
     with torch.random.fork_rng(devices=[]):
-        model = sys.modules[type(cfg).__module__].Model(cfg)
+        model = module.Model(cfg)
         view1, view2 = torch.randn(2, 2, 3, cfg.img, cfg.img)                   # (2, 3, H, W) each
         mapping = {torch.ops.aten.convolution_backward: convolution_backward_flop}
         with sdpa_kernel(SDPBackend.MATH):  # the counter does not know the CPU's fused kernel
@@ -73,7 +72,8 @@ def gflop_per_image(cfg):
 
 
 def seconds(call, device, least=5.0):
-    """Seconds of call(): the median of at least three calls and `least` seconds, after two."""
+    """Seconds of call(): the median of at least three calls and `least` seconds. Two calls warm
+    up."""
     times = []
     while len(times) < 5 or sum(times[2:]) < least:
         begin = time.perf_counter()
@@ -132,7 +132,7 @@ def measure(module, cfg):
         torch.cuda.reset_peak_memory_stats()
     tell("together", lambda: step(*module.views(batches[0], cfg)[:2]))
     peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0
-    gflop, limit = gflop_per_image(cfg), matrix_rate(device, dtype) / 1e9
+    gflop, limit = gflop_per_image(module, cfg), matrix_rate(device, dtype) / 1e9
     print(f"the step computes {gflop:.4g} GFLOP per image, {rate * gflop / 1e3:.3g} TFLOP/s: "
           f"{rate * gflop / limit:.3f} of the {limit / 1e3:.3g} TFLOP/s of a matrix product")
     if cuda:

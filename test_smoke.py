@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import common
 import eval_linear
 
+torch.set_num_threads(1)
 METHODS = ("mclim", "mvmae", "cmae", "macrl", "camae")
 OTHER_FORMS = [("mclim", {"target": "shared"}), ("mclim", {"target": "separate"}),
                ("macrl", {"keys": "momentum", "bank": 40}), ("camae", {"predictor": True})]
@@ -40,18 +41,12 @@ def build(method, **changes):
     return importlib.import_module(method).Model(small(method, **changes))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folder of each method's run."""
     folders = {}
     for method in METHODS:
         out = tmp_path_factory.mktemp("runs") / method
-        torch.set_num_threads(1)
         folders[method] = importlib.import_module(method).train(small(method, out=str(out)))
     return folders
 
@@ -146,7 +141,6 @@ def step(method, changes, rank, world):
 
 def run_two(rank, port, file):
     """One of two processes: the steps of all methods; rank 1 writes them to `file`."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     forms = [(method, {}) for method in METHODS] + OTHER_FORMS
     results = [step(method, changes, rank, 2) for method, changes in forms]

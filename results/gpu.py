@@ -3,13 +3,13 @@
     python -m results.gpu --out runs/gpu --data cifar10    or --data FOLDER
     python -m results.gpu --out runs/try --rehearse        tiny, on the CPU
 
-Five parts, each a process with a time limit (status 124); a failure does not stop the next:
+Five parts, each a process with a time limit (status 124); a failure stops no other:
   agree   three steps in float32 and bfloat16 against the CPU; a resumed run
   compile compiled runs
   speed   30 steps of each default configuration, then batches 16 and 256
   views   views alone at 32 and 224 pixels
   mclim   MCLim as in the paper (224 pixels, 768 × 6), batch 64, as many epochs as fit
-Each figure is printed and written to OUT/figures.jsonl at once.
+Prints each figure and writes it to OUT/figures.jsonl.
 """
 import argparse
 import csv
@@ -139,7 +139,7 @@ def rate(module, cfg, device, limit, count):
     first, *_, last = torch.stack(losses).tolist()
     speed = count * cfg.batch / (time.time() - begin)
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0
-    fraction = speed * gflop_per_image(cfg) * 1e9 / limit
+    fraction = speed * gflop_per_image(module, cfg) * 1e9 / limit
     return {"images/s": speed, "fraction of matrix rate": fraction, "peak GB": peak,
             "first loss": first, "last loss": last}
 
@@ -168,7 +168,7 @@ def main():
     args = parser.parse_args()
     if not (args.rehearse or torch.cuda.is_available()):
         parser.error("no CUDA GPU; try --rehearse")
-    args.out.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=bool(args.part))
     parts = {"agree": agree, "compile": agree, "speed": speed, "views": views, "mclim": run_mclim}
     if args.part:
         parts[args.part](args, start_processes("cpu" if args.rehearse else "cuda")[0])

@@ -73,7 +73,7 @@ def test_masked_pixels_do_not_reach_the_encoder(backbone):
     assert not torch.allclose(tokens, before)
 
 
-@every_backbone
+@pytest.mark.parametrize("backbone", ["swin", "hivit"])
 def test_evaluation_and_reconstruction(backbone):
     model, x = build(small("mclim", **BACKBONES[backbone])), normal(4, 3, 16, 16)
     features, tokens = model.encoder.features(x), model.encoder.tokens(x)

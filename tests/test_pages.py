@@ -14,12 +14,11 @@ import pytest
 import torch
 
 from common import make_config, make_parser
-from conftest import METHODS, ROOT, normal, small
+from conftest import METHODS, ROOT, every_method, normal, small
 
 EQUATIONS = {"mclim": range(1, 11), "mvmae": range(1, 8), "cmae": range(1, 7), "macrl": (),
              "camae": range(1, 7)}
 USES_COMMON = {"Config", "train", "main", "views", "contrastive_crop", "Boxes"}
-every_method = pytest.mark.parametrize("method", METHODS)
 
 
 def definitions(method):
@@ -184,14 +183,14 @@ def test_commands_of_the_documents_are_understood(name, arguments):
         assert make_config(typed, module.Config, module.TINY, name)
 
 
-@every_method
-def test_the_page_names_flags_that_exist(method):
-    page = (ROOT / "papers" / f"{method}.md").read_text()
+@pytest.mark.parametrize("page", ["README", *(f"papers/{method}" for method in METHODS)])
+def test_the_page_names_flags_that_exist(page):
+    text = (ROOT / f"{page}.md").read_text()
     known = {field.name for other in METHODS
              for field in dataclasses.fields(importlib.import_module(other).Config)}
     sources = "".join((ROOT / f"{name}.py").read_text() for name in
                       ("eval_linear", "eval_finetune", "eval_dense", "show", "compare", "speed"))
     known |= {flag.replace("-", "_") for flag in re.findall(r'"--([a-z-]+)"', sources)}
-    known |= set(re.findall(r"^    (\w+): ", sources, re.MULTILINE)) | {"nproc_per_node"}
-    for flag in re.findall(r"--(?:no-)?([a-z][a-z0-9-]*)", page):
+    known |= set(re.findall(r"^    (\w+): ", sources, re.MULTILINE)) | {"nproc_per_node", "help"}
+    for flag in re.findall(r"--(?:no-)?([a-z][a-z0-9-]*)", text):
         assert flag.replace("-", "_") in known, f"--{flag}"

@@ -28,7 +28,7 @@ import plots
 import show
 import speed
 from augment import central_crop, normalize
-from conftest import METHODS, ROOT, build, every_method, normal, program, small, status
+from conftest import METHODS, ROOT, build, normal, program, small, status
 from images import UserError, load_images
 from plots import denormalize
 
@@ -51,7 +51,7 @@ def test_gflop_of_a_step_equals_arithmetic(monkeypatch):
     monkeypatch.setattr(mvmae, "Model", Model)
     embed, grouped = 2 * 16 * 12 * 48, 2 * 16 * 12 * 4 * 9
     block = 2 * 16 * 12 * 12 * 12 + 2 * 2 * 16 * 16 * 12  # layers, then attention
-    state, found = torch.get_rng_state(), speed.gflop_per_image(small("mvmae"))
+    state, found = torch.get_rng_state(), speed.gflop_per_image(mvmae, small("mvmae"))
     assert found * 1e9 == pytest.approx(2 * embed + 3 * (grouped + block), rel=1e-9)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -63,7 +63,7 @@ def test_seconds_are_the_median_after_two_calls(monkeypatch):
         assert speed.seconds(lambda: None, torch.device("cpu")) == median
 
 
-@every_method
+@pytest.mark.parametrize("method", ["macrl", "camae"])
 def test_speed_prints_rates_of_a_compiled_model(method, monkeypatch, capsys):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model, options: compiled.append(model) or model)
@@ -374,13 +374,13 @@ def test_a_budget_becomes_epochs(fast, tmp_path):
     assert [(job.row, job.cfg.seed) for job in jobs] == [
         ("MAE", 3), ("Two views", 3), ("MAE", 1), ("Two views", 1)]
     for job in jobs:
-        step = 50 * speed.gflop_per_image(job.cfg)
+        step = 50 * speed.gflop_per_image(job.module, job.cfg)
         assert job.steps == int(15 / step) and job.steps % 4
         assert round(job.cfg.epochs * (200 // 50)) == job.steps  # as train computes it
         assert job.cfg.warmup == job.cfg.epochs / 5 and job.cfg.out == str(job.folder)
     jobs = plan(tmp_path, [*COMMON, "--epochs", "3"], gflop=None)
     assert {(job.steps, job.cfg.epochs) for job in jobs} == {(12, 3)}
-    budget = float(f"{10 * 200 * speed.gflop_per_image(jobs[1].cfg):.2g}")
+    budget = float(f"{10 * 200 * speed.gflop_per_image(jobs[1].module, jobs[1].cfg):.2g}")
     with pytest.raises(UserError, match=f"--gflop {budget:.0f}, .* 10 epochs of Two views"):
         plan(tmp_path, gflop=None)
 
@@ -389,10 +389,10 @@ def test_the_table(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     scores = {"a": [10.0, 12.0, 14.0], "b": [30.0, 31.0, 35.0], "only one": [11.0]}
-    jobs, results = [compare.Job("a", None, tmp_path / "to come", 12)], {}
+    jobs, results = [compare.Job("a", None, None, tmp_path / "to come", 12)], {}
     for row, values in scores.items():
         for seed, value in enumerate(values):
-            jobs.append(compare.Job(row, None, tmp_path / f"{row}-{seed}", 12))
+            jobs.append(compare.Job(row, None, None, tmp_path / f"{row}-{seed}", 12))
             results[jobs[-1].folder] = {name: value + i for i, name in enumerate(compare.SCORES)}
     text = compare.write_table(tmp_path, jobs, results, "a")
     assert (tmp_path / "table.txt").read_text() == text

@@ -1,6 +1,6 @@
 """Semantic segmentation by a linear layer on the patch tokens of a frozen encoder.
 
-    python eval_dense.py RUN                  drawn shapes: background, disc, ring, square, …
+    python eval_dense.py RUN                  drawn shapes: background, disc, ring, …
     python eval_dense.py RUN --baselines      also the untrained encoder and raw patches
     python eval_dense.py RUN --data ADEChallengeData2016 --ignore 0    ADE20K; 0 is its "other"
 
@@ -14,8 +14,8 @@ background's.
 annotations/validation. An annotation is a PNG of class indices, named as its image. The central
 square of both is resized.
 
-Unlike Multi-View MAE's Table 4, there is no UperNet and no fine-tuning. Writes
-eval_dense.json and .png beside the checkpoint, eval_dense-NAME with --data.
+Unlike Multi-View MAE's Table 4, there is no UperNet and no fine-tuning. Writes eval_dense.json
+and .png beside the checkpoint (of a file: NAME-FILE; with --data: NAME-DATA).
 """
 import argparse
 import json
@@ -183,8 +183,9 @@ def evaluate(args):
         each[name] = {names[i]: round(iou[i].item(), 2) for i in sorted(occurring)}
         print(f"{name:18} {mean:9.2f} {right:15.2f}", flush=True)
 
-    folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
-    suffix = f"-{Path(data).resolve().name}" if args.data else ""
+    run = Path(args.run)
+    folder, suffix = (run, "") if run.is_dir() else (run.parent, f"-{run.stem}")
+    suffix += f"-{Path(data).resolve().name}" if args.data else ""
     file = folder / f"eval_dense{suffix}.json"
     draw(file.with_suffix(".png"), test.pixels, {"truth": truth, **predictions}, names, args.ignore)
     report = {"checkpoint": str(args.run), "data": data, "recipe": RECIPE, "percent": percent,
@@ -214,8 +215,7 @@ def main(argv=None):
     parser.add_argument("--data", default="", help="shapes or a folder in ADE20K's layout")
     parser.add_argument("--ignore", type=int, default=255, metavar="INDEX",
                         help="class of the pixels that do not count (default: 255)")
-    parser.add_argument("--baselines", action="store_true",
-                        help="also the untrained encoder and raw patches")
+    parser.add_argument("--baselines", action="store_true", help="also untrained and raw patches")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True,
                         help="bfloat16 autocast where the device is fast in it")

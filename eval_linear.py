@@ -1,6 +1,6 @@
 """Evaluates the frozen encoder of a run: kNN, linear and attentive probe, effective rank.
 
-    python eval_linear.py RUN                    a run folder, its last.pt or a file of weights/
+    python eval_linear.py RUN                    a run folder or a file of weights/
     python eval_linear.py RUN --baselines        also the untrained encoder and raw pixels
     python eval_linear.py RUN --protocol mae     the linear probe of MAE's published code
 
@@ -18,7 +18,8 @@ run's pooling, where MAE takes the class token; crops of stored squares of 8/7 o
 torchvision's random crops, where MAE clips a box that does not fit; central crops are resized
 linearly, where MAE's are bicubic.
 
-Writes eval_linear.json and confusion.png beside the checkpoint (with --data: NAME-DATA).
+Writes eval_linear.json and confusion.png beside the checkpoint (of a file: NAME-FILE; with
+--data: NAME-DATA).
 """
 import argparse
 import dataclasses
@@ -272,9 +273,10 @@ def evaluate(args):
             line += f", {column.replace('_', ' ')} {percent[name][column]} %"
         print(line, flush=True)
 
-    suffix = "-mae" if args.protocol == "mae" else ""
+    run = Path(args.run)
+    folder, suffix = (run, "") if run.is_dir() else (run.parent, f"-{run.stem}")
+    suffix += "-mae" if args.protocol == "mae" else ""
     suffix += f"-{Path(args.data).resolve().name}" if args.data else ""
-    folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
     report = {**vars(args), "data": cfg.data, "percent": percent, "effective_rank": ranks}
     (folder / f"eval_linear{suffix}.json").write_text(json.dumps(report, indent=1) + "\n")
     if test:

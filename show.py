@@ -12,7 +12,8 @@ Rows, at most twelve:
   attention        in the last block, mean over the heads; black: least, yellow: most
   masks of CAMAE's heads
 Tokens, attention and box are of the unmasked image. With --norm-pixels, reconstructed patches
-get their true mean and std. Writes show.png, or show-NAME.png with --folder or --data.
+get their true mean and std. Writes show.png (of a file: show-FILE.png; with --folder
+or --data: show-NAME.png).
 """
 import argparse
 import inspect
@@ -171,8 +172,9 @@ def show(args):
     """Draws the picture. Raises UserError."""
     require(args.images > 0, f"--images {args.images} must be positive")
     run, source = Path(args.run), args.folder or args.data
-    name = f"show-{Path(source).resolve().name}.png" if source else "show.png"
-    file = Path(args.out) if args.out else (run if run.is_dir() else run.parent) / name
+    folder, name = (run, "show") if run.is_dir() else (run.parent, f"show-{run.stem}")
+    name += f"-{Path(source).resolve().name}" if source else ""
+    file = Path(args.out or folder / f"{name}.png")
     require(file.suffix in (".png", ".pdf", ".svg"), f"--out {file} must end in .png, .pdf or .svg")
     device, _, _ = start_processes(args.device)
     model, cfg = load_model(args.run)

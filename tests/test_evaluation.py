@@ -250,10 +250,10 @@ def test_load_model_reads_runs_checkpoints_and_half_precision(run, capsys):
 
 
 def test_evaluation_writes_what_it_finds(run, shapes, capsys):
-    eval_linear.main([str(run), "--no-amp", "--baselines", "--data", "a/b"])
+    eval_linear.main([str(run / "last.pt"), "--no-amp", "--baselines", "--data", "a/b"])
     said = capsys.readouterr().out
-    report = json.loads((run / "eval_linear-b.json").read_text())
-    assert (run / "confusion-b.png").exists() and "40 test images among 80 training" in said
+    report = json.loads((run / "eval_linear-last-b.json").read_text())
+    assert (run / "confusion-last-b.png").exists() and "40 test images among 80 training" in said
     assert set(report["percent"]) == {"trained encoder", "untrained encoder", "raw pixels"}
     row, pixels = (report["percent"][name] for name in ("trained encoder", "raw pixels"))
     probes = {f"{kind}_top{k}" for kind in ("linear", "attentive") for k in (1, 5)}

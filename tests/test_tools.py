@@ -148,9 +148,9 @@ def test_segmentation_reports_what_it_measured(untrained, ade, monkeypatch):
     predictions, segment, run = [], eval_dense.segment, untrained("mvmae")
     monkeypatch.setattr(eval_dense, "segment",
                         lambda *args: predictions.append(segment(*args)) or predictions[-1])
-    eval_dense.main(f"{run} --data {ade} --ignore 0 --baselines --no-amp".split())
-    report = json.loads((run / "eval_dense-ade.json").read_text())
-    assert (run / "eval_dense-ade.png").exists()
+    eval_dense.main(f"{run}/last.pt --data {ade} --ignore 0 --baselines --no-amp".split())
+    report = json.loads((run / "eval_dense-last-ade.json").read_text())
+    assert (run / "eval_dense-last-ade.png").exists()
     rows = ["trained encoder", "untrained encoder", "raw patches"]
     assert list(report["percent"]) == list(report["iou"]) == rows
     truth = eval_dense.load_annotated(ade, "validation", 16)[1]
@@ -230,10 +230,10 @@ def test_show_draws_test_images_and_the_users_own(untrained, tmp_path, method, l
     drawn = []
     monkeypatch.setattr(show, "plot_images", lambda *args: drawn.append(args))
     run = untrained(method)
-    show.main([str(run), "--images", "3", "--seed", "5"])
+    show.main([str(run / "last.pt"), "--images", "3", "--seed", "5"])
     show.main([str(run), "--folder", str(photos)])
     (file, rows, none), (other, own, names) = drawn
-    assert (file, other) == (run / "show.png", run / "show-photos.png")
+    assert (file, other) == (run / "show-last.png", run / "show-photos.png")
     assert not none and names == ["a.png", "c\\xff.png"] and list(own) == list(rows)
     for words in ("whole image", "original", "reconstruction", "principal", labels):
         assert words in " | ".join(rows) and len(rows) <= 12, words

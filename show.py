@@ -1,14 +1,13 @@
 """Pictures of what a run of any method has learned, on test images or your own.
 
     python show.py RUN                               test images of the run's data set
-    python show.py RUN --folder DIR --out own.pdf    image files of a folder; also .png, .svg
+    python show.py RUN --folder DIR --out own.pdf    image files of a folder
 
 Rows, at most twelve:
   whole image      where the model sees only the central square
   original, masked, reconstruction    of the central square; for MACRL of both branches' views
   view 1, view 2   of a training step; CMAE takes them from the box in the row above
-  patch tokens     their first three principal components, over all images shown, as red, green and
-                   blue: similar patches have similar colours
+  patch tokens     their first three principal components over all images, as red, green, blue
   attention        in the last block, mean over the heads; black: least, yellow: most
   masks of CAMAE's heads
 Tokens, attention and box are of the unmasked image. With --norm-pixels, reconstructed patches
@@ -51,6 +50,8 @@ def whole_rows(images):
 def reconstruction_rows(model, x):
     """The images, what the model sees, and the reconstructions."""
     masked, prediction = model.reconstruct(x)
+    if masked.equal(x):  # --mask 0
+        return {"original": x}
     return {"original": x, "masked": masked, "reconstruction": prediction}
 
 

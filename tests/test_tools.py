@@ -246,6 +246,11 @@ def test_show_draws_test_images_and_the_users_own(untrained, tmp_path, method, l
     assert small.pixels.shape == (2, 3, 20, 20)  # never enlarged
 
 
+def test_nothing_is_reconstructed_if_nothing_is_masked():
+    x = normal(2, 3, 16, 16)
+    assert list(show.reconstruction_rows(build(small("mclim", mask=0, lam=0)), x)) == ["original"]
+
+
 def test_a_branch_has_a_target_if_that_is_not_the_view():
     images = load_images("shapes", "test", 18)[:4]
     for restore in ("clean", "view"):

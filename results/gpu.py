@@ -168,7 +168,7 @@ def main():
     args = parser.parse_args()
     if not (args.rehearse or torch.cuda.is_available()):
         parser.error("no CUDA GPU; try --rehearse")
-    args.out.mkdir(parents=True, exist_ok=bool(args.part))
+    args.out.mkdir(parents=True, exist_ok=True)
     parts = {"agree": agree, "compile": agree, "speed": speed, "views": views, "mclim": run_mclim}
     if args.part:
         parts[args.part](args, start_processes("cpu" if args.rehearse else "cuda")[0])

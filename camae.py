@@ -1,7 +1,7 @@
 """CAMAE with IDM and PLB: He Zhu, Yang Chen, Guyue Hu and Shan Yu, "Information-density Masking
 Strategy for Masked Image Modeling".
 
-A contrastive loss compares an encoder with its momentum average. The same encoder reconstructs the
+A contrastive loss compares an encoder with its momentum encoder. The same encoder reconstructs the
 first view from a quarter of its patches. IDM masks the patches with the most attention in one head
 of the last block. PLB draws heads with a high reconstruction loss more often.
 
@@ -18,9 +18,9 @@ One training step on B images of N patches with P values each, and K heads (the 
     after an epoch: p ← 0.01·p + 0.99·softmax(ℓ / 0.2)        # Eq. 4     ℓ: mean L^m by head
 
 The paper leaves some choices open that may change the result. --plb-loss is the scale of L^m in
-Eq. 4. The text calls L^m a mean, which leaves p nearly uniform (perplexity 2.6 to 3.0 of 3 heads in
-small runs), but Table II and §IV-C suggest an uneven p. Eq. 2 is a sum, which gives one head nearly
-all of p. Others: --predictor, --momentum, --freeze-patch, --norm-pixels, --lr. See papers/camae.md.
+Eq. 4. The text calls L^m a mean, which makes p mildly uneven (largest of 3 heads: 0.36 to 0.58 in
+small runs), but Table II and §IV-C suggest more. Eq. 2 is a sum, which gives one head nearly all of
+p. Others: --predictor, --momentum, --freeze-patch, --norm-pixels, --lr. See papers/camae.md.
 
     torchrun --nproc-per-node 8 camae.py --data PATH --recompute   the paper's run on ImageNet
     python camae.py --tiny --data shapes                           a first look on a laptop
@@ -53,7 +53,7 @@ class Config(RunConfig):
     mask: float = 0.75  # fraction of patches masked, §III-C
     mask_by: Literal["random", "idm", "plb"] = "plb"  # Table II; idm draws heads uniformly
     contrast: bool = True  # Eq. 1; Table I's MAE: --no-contrast --mask-by random or idm
-    mim: bool = True  # Eq. 2; --no-mim: contrast only; with --predictor --freeze-patch: MoCo v3
+    mim: bool = True  # Eq. 2; --no-mim --predictor --freeze-patch: MoCo v3's loss
     tau: float = 0.2  # τ, temperature, §IV-A
     lam: float = 0.99  # λ, weight of the new estimate of p, Eq. 4
     eps: float = 0.2  # ε, temperature of the heads' losses, Eq. 4
@@ -205,9 +205,9 @@ class CAMAE(nn.Module):
 
     @torch.no_grad()
     def draw_mask(self, x, m=None, last_block_input=None):
-        """Draws masks, bool (B, N), for images (B, 3, H, W), see --mask-by. m (1,): head whose
-        attention to the unmasked images is used; None: random. last_block_input (B, 1 + N, D):
-        that of x, if already computed."""
+        """Draws masks, bool (B, N), for images (B, 3, H, W), see --mask-by. m (1,): head of Eq. 3,
+        on the unmasked images; None: random. last_block_input (B, 1 + N, D): that of x, if
+        already computed."""
         cfg = self.cfg
         if cfg.mask_by == "random":
             return random_mask(len(x), self.N, cfg.mask, x.device)
@@ -538,7 +538,7 @@ class Encoder(nn.Module):
 
 def class_attention(block, x):
     """Attention of the class token to the patches in `block`, whose input is x (B, 1 + N, D):
-    (B, K, N). In float32, because in bfloat16 many patches have equal attention."""
+    (B, K, N). Scores in float32, because in bfloat16 many are equal."""
     qkv = block.attn.qkv(block.norm1(x)).float()                                # (B, 1 + N, 3D)
     q, k, _ = qkv.unflatten(2, (3, block.attn.heads, -1)).permute(2, 0, 3, 1, 4)
     scores = (q[:, :, :1] * k).sum(3) / k.shape[3] ** 0.5                       # (B, K, 1 + N)

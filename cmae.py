@@ -3,7 +3,7 @@ Representation Learning for Masked Image Modeling", arXiv 2205.10546, 2022. The 
 al., arXiv 2207.13532, is another method.
 
 CMAE adds two tasks for the encoder E to a masked autoencoder. Contrast: E encodes one view, visible
-and masked patches separately; its moving average M_E encodes another view; the two are contrasted.
+and masked patches separately; the momentum encoder M_E encodes another; both are contrasted.
 Location: a head predicts the position of each visible token. E also selects the area for crops.
 
 One training step on B images of N patches, V visible, D the width of a token:
@@ -20,14 +20,14 @@ One training step on B images of N patches, V visible, D the width of a token:
     M_E, M_P ← m·(M_E, M_P) + (1 - m)·(E, P)                  # §3.3
 
 The paper leaves these choices open, and they may change the result: --location-from,
---location-norm, --pool, --projection, --k, --heat, --img, --decoder. papers/cmae.md has all.
+--location-norm, --pool, --projection, --k, --heat, --img, --lr. papers/cmae.md has all.
 
     python cmae.py --data tiny-imagenet          the paper's run
     python cmae.py --tiny --data shapes          a first look on a laptop
     python eval_linear.py runs/cmae-DATE-TIME    accuracy
 
-Not yet run on a GPU. With --tiny --images 5000 --epochs 1 --log-every 1 on CIFAR-10 (JPEG) the
-loss falls from 6.59 to 4.45.
+Not yet run on a GPU. With --tiny --images 5000 --epochs 1 --no-amp --log-every 1 on CIFAR-10
+(JPEG) the loss falls from 6.59 to 4.45.
 """
 import copy
 import math
@@ -63,7 +63,7 @@ class Config(RunConfig):
     location_from: Literal["positions", "content"] = "positions"  # q1 with positions or without
     location_norm: Literal["norm", "squared"] = "norm"  # Eq. 5 as printed or squared
     heat: Literal["attention", "features"] = "attention"  # source of the heat map M, §3.2
-    k: float = 0.1  # threshold of M, Eq. 1. Measured: boxes cover 96 % of an image, 48 % at 0.7
+    k: float = 0.1  # threshold of M, Eq. 1. Small ViT: boxes cover 96 % of images, 48 % at 0.7
     alpha: float = 0.6  # crop centres follow Beta(α, α) in I; ContrastiveCrop's
     crop_from: int = 60  # first epoch with boxes; ContrastiveCrop's, a fifth of all
     crop_every: int = 60  # epochs between updates of the boxes; also a fifth
@@ -112,8 +112,8 @@ TINY = Config(k=0.5, crop_from=1, crop_every=2, img=32, patch=4, dim=192, depth=
               eval_every=1, tiny=True)
 
 
-# The paper, §3. B: images. N = n·n: patches of an image. V: visible ones. P is the projection, but
-# in shapes the values of a patch. H = W = img. Encoder, Decoder and other parts: end of the file.
+# The paper, §3. B: images. N = n·n: patches of an image. V: visible ones. P: the projection; in
+# shapes, 3·patch². H = W = img. Encoder, Decoder and other parts: end of the file.
 
 def views(images, cfg, boxes=None):
     """Two crops of each image, each flipped with probability 1/2. §3.2
@@ -130,8 +130,8 @@ def views(images, cfg, boxes=None):
 
 
 def contrastive_crop(images, size, scale, boxes, alpha):
-    """Random crops (B, 3, size, size) with centres in the boxes I (B, 4), moved into the image
-    where they do not fit: R_crop(s, r, I) of Eq. 1."""
+    """R_crop(s, r, I) of Eq. 1: crops (B, 3, size, size) with centres in I (B, 4), after I is
+    clamped to the centres of crops that fit."""
     H, W = getattr(images, "pixels", images).shape[2:]
     _, _, height, width = crop_boxes(images, scale)  # from s and r
     I_top, I_left, I_bottom, I_right = boxes.unbind(1)  # (B,) each
@@ -142,8 +142,8 @@ def contrastive_crop(images, size, scale, boxes, alpha):
 
 
 def crop_start(low, high, length, t):
-    """Starts of crops of `length`, from centre `low` (t = 0) to centre `high` (t = 1), these two
-    moved into the image. All (B,), fractions of the side."""
+    """Starts of crops of `length`: centred at `low` if t = 0, at `high` if t = 1, both clamped
+    into the image. All (B,), fractions of the side."""
     first, last = ((x - length / 2).clamp(min=0).minimum(1 - length) for x in (low, high))
     return torch.lerp(first, last, t)
 
@@ -201,7 +201,7 @@ def restore(q1, q2, order):
 
 
 class CMAE(nn.Module):
-    """The autoencoder, its moving average and the three tasks, Figure 1."""
+    """The autoencoder, the momentum encoder and three tasks, Figure 1."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.grid, D = cfg, cfg.img // cfg.patch, cfg.dim  # grid is n
@@ -471,7 +471,7 @@ class Block(nn.Module):
 
 def class_attention(block, x):
     """Attention of the class token to the patches in `block`, whose input is x (B, 1 + N, D):
-    (B, K, N). In float32, because in bfloat16 many patches have equal attention."""
+    (B, K, N). Scores in float32, because in bfloat16 many are equal."""
     qkv = block.attn.qkv(block.norm1(x)).float()                                # (B, 1 + N, 3D)
     q, k, _ = qkv.unflatten(2, (3, block.attn.heads, -1)).permute(2, 0, 3, 1, 4)
     scores = (q[:, :, :1] * k).sum(3) / k.shape[3] ** 0.5                       # (B, K, 1 + N)

@@ -3,14 +3,15 @@ Palaniswami, "Masked Contrastive Representation Learning", arXiv 2211.06012, 202
 
 Two views of an image go through a siamese network with an encoder and a decoder in each branch.
 Branch s has a higher mask ratio and stronger augmentation. Branch w has weaker corruptions. A
-contrastive loss compares the encoder's features of the two branches, and both decoders reconstruct.
+contrastive loss compares the encoder's features of the two branches, and both decoders reconstruct
+their crops.
 
 One training step on B images of N patches (V_s or V_w visible, P values each). D: token width.
     c_s, c_w = two crops, often smaller in s      # "stronger data augmentation"     (B, 3, 32, 32)
-    x_s, x_w = augment(c_s), augment(c_w)         # colours, more often in s         (B, 3, 32, 32)
+    x_s, x_w = augment(c_s), augment(c_w)         # colour changes, more in s        (B, 3, 32, 32)
     z_s = f(25 % of the patches of x_s)           # "higher mask ratio"              (B, 1 + V_s, D)
     z_w = f(50 % of the patches of x_w)           # "weaker data corruptions"        (B, 1 + V_w, D)
-    q, k = g(mean of z_s), g(mean of z_w)         # "features from the encoder"      (B, 128)
+    q, k = g(patch mean of z_s), g(same of z_w)   # "features from the encoder"      (B, 128)
     L_c = InfoNCE(q, k)                           # "contrastive learning objective" a scalar
     y_s, y_w = d_s(z_s), d_w(z_w)                 # "the decoders' outputs"          (B, N, P)
     L_s, L_w = L1 of y and c, masked patches only # "L_1 reconstruction loss"        two scalars
@@ -25,8 +26,8 @@ bank. papers/macrl.md lists every choice.
     python macrl.py --tiny --data shapes         a first look on a laptop
     python eval_linear.py runs/macrl-DATE-TIME   accuracy; eval_finetune.py: fine-tuned
 
-Not yet run on a GPU. With --tiny --images 5000 --epochs 1 on CIFAR-10 (JPEG) the loss is 5.843 in
-step 1 and 4.463 on average in the last 19 steps; papers/macrl.md has the command.
+Not yet run on a GPU. With --tiny --images 5000 --epochs 1 --no-amp on CIFAR-10 (JPEG) the loss is
+5.843 in step 1 and 4.463 on average in the last 19 steps; papers/macrl.md has the command.
 """
 import copy
 import math
@@ -55,9 +56,9 @@ class Config(RunConfig):
     lam_c: float = 1.0  # λ_c, weight of the contrastive loss, 0 turns it off; ours
     lam_r: float = 1.0  # λ_r, weight of the reconstruction loss, 0 turns it off; ours
     tau: float = 0.2  # τ, temperature; MoCo v2's
-    keys: Literal["shared", "momentum"] = "shared"  # computed by f and g or by their averages
+    keys: Literal["shared", "momentum"] = "shared"  # made by f and g (ours) or by their averages
     momentum: float = 0.99  # momentum of the averages f_ξ and g_ξ, rises to 1; MoCo v3's
-    bank: int = 0  # M, number of keys of earlier steps used as extra negatives
+    bank: int = 0  # M, keys of earlier steps used as extra negatives; ours
     pool: Literal["mean", "cls"] = "mean"  # features: mean of patch tokens, or class token; ours
     restore: Literal["clean", "view"] = "clean"  # target: clean crop, or augmented view; ours
     pixels: Literal["masked", "all"] = "masked"  # patches in the L1 loss; MAE's: masked

@@ -19,14 +19,14 @@ One training step on B images of N patches, D the width of a token, P values a p
     F2, T2 ← m·(F2, T2) + (1 - m)·(F1, T1)                        # --target momentum, inferred
 
 The paper leaves these choices open, and they may change the result: --target (inferred: with λ = 0
-MCLim "degenerates to the MOCO V3 algorithm", §3.2.3), --lr, --tau, --norm-pixels, --pool, --lam
-(Eq. 6 as a mean or a sum) and the kind of accuracy, probably fine-tuned. papers/mclim.md has all.
+MCLim "degenerates to the MOCO V3 algorithm", §3.2.3), --momentum, --lr, --tau, --norm-pixels,
+--pool, --lam (Eq. 6: mean or sum) and evaluation, probably fine-tuning. papers/mclim.md has all.
 
     python mclim.py --epochs 100 --batch 16         the paper's run; not yet run on a GPU
     python mclim.py --tiny --data shapes            a first look on a laptop
     python eval_finetune.py runs/mclim-DATE-TIME    accuracy
 
-With --tiny --images 5000 --epochs 1 on CIFAR-10 (JPEG), the last logged loss is 5.932.
+With --tiny --images 5000 --epochs 1 --no-amp on CIFAR-10 (JPEG), the last logged loss is 5.932.
 """
 import copy
 import math

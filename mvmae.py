@@ -5,7 +5,7 @@ Two crops of each image are taken, 80 % of the patches of each are masked, and o
 reconstructs both crops. The latents of the visible patches are contrasted: those of one image
 attract, those of different images repel. Masking serves as the strong augmentation.
 
-One training step on B images of N patches, V visible, D the width of a token, P values a patch:
+One training step on B images of N patches (V visible, P values each). D: token width.
     view1, view2 = two crops of each, flipped at random    # §3.1.1    (B, 3, 224, 224), normalised
     mask = 80 % of the patches of each view, at random     # §3.1.2    (2·B, N)
     z = f(visible patches + positions)                     # Eq. 1, 2  (2·B, 1 + V, D)
@@ -22,8 +22,8 @@ The paper leaves these choices open, and they may change the result: --pool, --n
     python mvmae.py --tiny --data shapes         a first look on a laptop
     python eval_linear.py runs/mvmae-DATE-TIME   accuracy; eval_finetune.py: fine-tuned
 
-Not yet run on a GPU. With --tiny --images 5000 --epochs 1 on CIFAR-10 (JPEG), the loss is 11.562 at
-step 1 and 6.914 on average in the last 19 steps.
+Not yet run on a GPU. With --tiny --images 5000 --epochs 1 --no-amp on CIFAR-10 (JPEG), the loss is
+11.562 at step 1 and 6.914 on average in the last 19 steps.
 """
 import math
 from collections import OrderedDict
@@ -47,10 +47,10 @@ class Config(RunConfig):
     mask: float = 0.8  # fraction of the patches that is masked, Table 5
     lam: float = 2.0  # λ, weight of the contrastive loss, Table 5; 0 leaves it out
     tau: float = 0.07  # τ, temperature, §3.2.2
-    targets: Literal["two", "same", "one"] = "two"  # two crops; one, masked twice; one view
+    targets: Literal["two", "same", "one"] = "two"  # two crops; one crop masked twice; one view
     pool: Literal["mean", "cls"] = "mean"  # vector of Eq. 4: mean of patch tokens or class token
-    pixels: Literal["masked", "all"] = "masked"  # patches that Eq. 3 counts; masked as in MAE
-    norm_pixels: bool = False  # normalise each target patch, as MAE's variant; §4.1.1 may mean it
+    pixels: Literal["masked", "all"] = "masked"  # patches in Eq. 3; MAE's: masked
+    norm_pixels: bool = False  # normalise target patches, MAE's variant; §4.1.1 may mean it
     crop_min: float = 0.2  # smallest crop, fraction of the area; MAE's
     img: int = 224  # side of the views in pixels, §4.1.1
     patch: int = 16  # side of a patch in pixels, §4.1.1
@@ -98,7 +98,7 @@ def views(images, cfg):
     """Two crops of each image, each flipped with probability 1/2. §3.1.1
 
     images: uint8 (B, 3, S, S) or an Images batch. Returns view1 and view2, normalised,
-    (B, 3, img, img): the same one twice unless --targets is two.
+    (B, 3, img, img): equal unless --targets is two.
     """
     def augment():
         crop = random_resized_crop(images, cfg.img, (cfg.crop_min, 1.0), kernel="bicubic")

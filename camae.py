@@ -496,11 +496,10 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A ViT with class token. Its state dict is timm's. An image's vector is the mean of its patch
-    tokens (pool "mean") or the class token ("cls")."""
-    def __init__(self, img, patch, dim, depth, heads, pool="cls", recompute=False):
+    """A ViT with class token. Its state dict is timm's. An image's vector is the class token."""
+    def __init__(self, img, patch, dim, depth, heads, recompute=False):
         super().__init__()
-        self.pool, self.recompute = pool, recompute
+        self.recompute = recompute
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch, patch)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         positions = F.pad(sincos_pos_embed(dim, img // patch), (0, 0, 1, 0))
@@ -525,7 +524,7 @@ class Encoder(nn.Module):
 
     def vector(self, z):
         """One vector (B, D) for the tokens (B, 1 + V, D) of an image."""
-        return z[:, 1:].float().mean(1) if self.pool == "mean" else z[:, 0].float()
+        return z[:, 0].float()
 
     def tokens(self, x):
         """Patch tokens of whole images, (B, 3, H, W) → (B, N, D)."""

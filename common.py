@@ -1,5 +1,6 @@
 """Shared code that belongs to no paper: flags, processes, batches, kNN, checkpoints, runs."""
 import argparse
+import contextlib
 import csv
 import dataclasses
 import datetime
@@ -115,30 +116,36 @@ def make_config(typed, Config, TINY, method):
     return Config(**{**saved, **typed, "out": typed["resume"]})
 
 
-def read_config(folder, method=None):
+def read_config(folder, method):
     """config.json of a run of `method`. Raises UserError."""
     try:
         facts = json.loads(Path(folder, "config.json").read_text())
-        require(method in (None, facts["method"]), f"{folder} is a run of {facts['method']}.py")
+        require(method == facts["method"], f"{folder} is a run of {facts['method']}.py")
         return facts
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not the folder of a run: config.json: {error}") from error
 
 
-def run_program(file, doc, Config, TINY, train, argv=None):
-    """Runs train(Config of the flags `argv`). Exits with one line and status 2 after a UserError
-    or OSError, with status 1 if the loss is not finite."""
-    parser = make_parser(file, doc, Config, TINY)
-    typed = vars(parser.parse_args(argv))
+@contextlib.contextmanager
+def report_errors(parser):
+    """Ends the program with one line: with status 2 after a UserError or OSError, with status 1
+    after a FloatingPointError."""
     try:
-        folder = train(make_config(typed, Config, TINY, Path(file).stem))
+        yield
     except (UserError, OSError) as error:
         parser.error(str(error))
     except FloatingPointError as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
+
+
+def run_program(file, doc, Config, TINY, train, argv=None):
+    """Runs train(Config of the flags `argv`)."""
+    parser = make_parser(file, doc, Config, TINY)
+    typed = vars(parser.parse_args(argv))
+    with report_errors(parser):
+        folder = train(make_config(typed, Config, TINY, Path(file).stem))
     if not dist.is_initialized() or dist.get_rank() == 0:
-        labelled = read_config(folder)["classes"] > 1
-        print(f"next: python {'eval_linear' if labelled else 'show'}.py {folder}")
+        print(f"next: python eval_linear.py {folder}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -210,7 +217,7 @@ class Batches:
         self.device, self.rank, self.world = device, rank, world
         self.epoch = self.order = None
         if device.type == "cuda" and images.pixels.nbytes < torch.cuda.mem_get_info(device)[0] // 4:
-            self.images = dataclasses.replace(images, pixels=images.pixels.to(device))
+            self.images = images.to(device)
 
     def __len__(self):
         return len(self.images) // (self.batch * self.world)
@@ -239,9 +246,7 @@ def extract_features(encoder, images, img, device, amp=True):
     """encoder.features of the central crops of Images: float32 (N, D) on the device."""
     rows = []
     for ids in torch.arange(len(images)).split(250):
-        batch = images[ids]
-        batch.pixels = batch.pixels.to(device)
-        x = normalize(central_crop(batch, img))
+        x = normalize(central_crop(images[ids].to(device), img))
         with autocast(device, amp):
             rows.append(encoder.features(x).float())
     return torch.cat(rows)
@@ -350,9 +355,8 @@ class Run:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
                                 capture_output=True).stdout.strip() if shutil.which("git") else ""
         facts = {"method": self.method, "config": dataclasses.asdict(cfg),
-                 "images": len(batches.images), "classes": len(batches.images.classes),
-                 "processes": self.world, "command": shlex.join(sys.argv),
-                 "torch": torch.__version__, "git": commit}
+                 "images": len(batches.images), "processes": self.world,
+                 "command": shlex.join(sys.argv), "torch": torch.__version__, "git": commit}
         if cfg.resume:
             saved = read_config(self.folder, self.method)
             for name in ("images", "processes"):
@@ -433,7 +437,8 @@ class Run:
 
     def epoch_done(self, step):
         """Whether an epoch or the training ends here, or Ctrl-C ends it."""
-        return self.step % self.per_epoch == 0 or self.step == self.steps or self.interrupted
+        return ((step + 1) % self.per_epoch == 0 or step + 1 == self.steps
+                or self.interrupted)
 
     def save(self, step):
         """Writes encoder.pt, then last.pt."""
@@ -474,8 +479,7 @@ class Run:
         """curves.png and reconstruction.png, at most once a minute and at the end."""
         if self.rank > 0 or (self.step < self.steps and time.time() < self.drawn + 60):
             return
-        batch = images[fixed_choice(len(images), 8)]
-        batch.pixels = batch.pixels.to(self.device)
+        batch = images[fixed_choice(len(images), 8)].to(self.device)
         x = normalize(central_crop(batch, self.cfg.img))
         masked, prediction = self.parts["model"].reconstruct(x)
         plot_images(self.folder / "reconstruction.png",

@@ -5,11 +5,11 @@
     python compare.py --tiny --data PATH --rows FILE --epochs 4       your own rows
 
 A line of FILE reads NAME = METHOD.py FLAGS, for example MAE = mvmae.py --targets one --lam 0.
-Without --rows each method file of this folder is a row. A method's flags go to every row; a row's
-own take precedence. --gflop is the compute of a run, in 10⁹ floating-point operations
-of forward and backward; with --epochs, epochs are equal instead.
+Without --rows each method file of this folder is a row. Other flags go to every row; a row's own
+take precedence. --gflop is the compute of a run, in 10⁹ operations of forward and backward; with
+--epochs, epochs are equal instead.
 
-Each run is a run folder in --out and is evaluated by eval_linear.py. After Ctrl-C the same command
+Each run is a folder in --out, evaluated by eval_linear.py. After Ctrl-C the same command
 continues; rows and seeds may be added. table.txt, .csv and .png have mean, standard deviation and
 p against --baseline: Student's t, two-sided, with the variance pooled over all rows.
 """
@@ -26,12 +26,12 @@ from collections import namedtuple
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
 import eval_linear
 from common import RESUMABLE, Batches, load_data, read_config, require
 from images import UserError
 from speed import config_of, gflop_per_image, load_method
+from matplotlib.figure import Figure
 
 SCORES = {"knn_top1": "kNN %", "linear_top1": "linear %", "attentive_top1": "attentive %",
           "rank": "effective rank"}
@@ -118,11 +118,12 @@ def run_job(job):
     cfg = job.cfg
     try:
         job.module.train(cfg)
-    finally:  # after an error the handlers of Run are still set
+    finally:  # after an error Run's handlers are still set
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    eval_linear.main([str(job.folder), "--images", str(cfg.images), "--root", cfg.root, "--device",
-                      cfg.device, "--amp" if cfg.amp else "--no-amp"])
+    eval_linear.evaluate(eval_linear.build_parser().parse_args([
+        str(job.folder), "--images", str(cfg.images), "--root", cfg.root, "--device", cfg.device,
+        "--amp" if cfg.amp else "--no-amp"]))
     return read_scores(job)
 
 
@@ -158,7 +159,7 @@ def p_value(values, row, baseline):
 
 def spread(scores):
     """Mean and standard deviation; NaN for one score."""
-    return statistics.mean(scores), pooled_deviation({"": scores})[0]
+    return statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else math.nan
 
 
 def write_table(out, jobs, results, baseline):
@@ -216,10 +217,11 @@ def draw_table(file, scores, baseline):
 
 def compare(args, flags):
     """Runs the comparison; `flags` go to every row. Returns how many runs failed."""
-    files = [file for file in sorted(Path(__file__).parent.glob("*.py"))
-             if "\nModel = " in file.read_text("utf-8")]
-    rows = read_rows(Path(args.rows).read_text("utf-8") if args.rows else
-                     "\n".join(f"{file.stem} = {file.name}" for file in files))
+    if args.rows:
+        rows = read_rows(Path(args.rows).read_text("utf-8"))
+    else:
+        rows = {file.stem: (file.name, []) for file in sorted(Path(__file__).parent.glob("*.py"))
+                if "\nModel = " in file.read_text("utf-8")}
     baseline = args.baseline or next(iter(rows))
     require(baseline in rows, f"--baseline {baseline}: the rows are {', '.join(rows)}")
     jobs = plan(rows, flags, args)

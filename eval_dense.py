@@ -24,18 +24,18 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from augment import normalize
-from common import require, start_processes
+from common import report_errors, require, start_processes
 from eval_linear import extract_tokens, load_model, train_probe
 from images import SHAPES, Images, UserError, draw_shapes, find_images, read_image
 from plots import plot_images
+import matplotlib
 
 RECIPE = {"lr": 2e-3, "wd": 1e-4, "batch": 16, "epochs": 10, "min_steps": 0}  # AdamW, cosine
 COUNTS = {"training": 2000, "validation": 500}  # of drawn shapes
@@ -49,16 +49,9 @@ def load_shapes(split, side, seed):
     return Images(pixels), ((labels[:, None, None] + 1) * masks).byte()
 
 
-def central_square(image, side, kernel):
-    """The central square of a PIL image as an array, side×side."""
-    w, h = image.size
-    s = min(w, h)
-    box = ((w - s) / 2, (h - s) / 2, (w + s) / 2, (h + s) / 2)
-    return np.array(image.resize((side, side), kernel, box))
-
-
 def read_pair(file, annotation, side):
-    """An image file (side, side, 3) and its annotation (side, side), uint8. Raises UserError."""
+    """The central squares of an image file (side, side, 3) and its annotation (side, side), uint8.
+    Raises UserError."""
     try:
         image = read_image(file, 1 << 16)  # a JPEG in full size
         classes = Image.open(annotation)
@@ -69,8 +62,9 @@ def read_pair(file, annotation, side):
             f"--data: {annotation} must be a PNG of class indices, its mode is {classes.mode}")
     require(image.size == classes.size,
             f"--data: {annotation} is {classes.size}, its image is {image.size}")
-    return (central_square(image, side, Image.Resampling.BICUBIC),
-            central_square(classes, side, Image.Resampling.NEAREST))
+    size = (side, side)
+    return (np.array(ImageOps.fit(image, size, Image.Resampling.BICUBIC)),
+            np.array(ImageOps.fit(classes, size, Image.Resampling.NEAREST)))
 
 
 def load_annotated(folder, split, side):
@@ -113,10 +107,11 @@ def segment(tokens, truth, queries, classes, ignore, seed=0):
     D) and `truth` uint8 (N, H, W)."""
     torch.manual_seed(seed)
     probe = DenseProbe(tokens.shape[2], classes, truth.shape[1]).to(truth.device)
-    train_probe(probe, tokens, truth, RECIPE, lambda *pair: pixel_loss(*pair, ignore))
+    train_probe(probe, tokens, truth, RECIPE,
+                loss=lambda scores, classes: pixel_loss(scores, classes, ignore))
     rows = []
     for part in queries.split(16):
-        scores = probe(part.to(truth.device).float())
+        scores = probe(part.float())
         require(scores.isfinite().all(), "a score is not finite; try --no-amp")
         rows.append(scores.argmax(1).byte().cpu())
     return torch.cat(rows)
@@ -196,8 +191,9 @@ def evaluate(args):
 
 def draw(file, images, masks, names, ignore):
     """Draws ten images and their `masks`, label → uint8 (N, H, W). Ignored pixels are white."""
-    hues = matplotlib.colormaps["tab20"].colors
-    colors = [(0, 0, 0), *(hues[(2 * i + i // 10) % 20] for i in range(len(names) - 1))]
+    tab20 = matplotlib.colormaps["tab20"].colors
+    hues = tab20[::2] + tab20[1::2]  # ten dark ones, ten light ones
+    colors = [(0, 0, 0), *(hues[i % 20] for i in range(len(names) - 1))]
     ids = torch.linspace(0, len(images) - 1, min(10, len(images))).long()
     rows = {"image": normalize(images[ids] / 255)}
     for label, classes in masks.items():
@@ -220,10 +216,8 @@ def main(argv=None):
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True,
                         help="bfloat16 autocast where the device is fast in it")
     args = parser.parse_args(argv)
-    try:
+    with report_errors(parser):
         evaluate(args)
-    except (UserError, OSError) as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ from torchvision.transforms import v2
 
 from augment import normalize, random_hflip, random_resized_crop
 from common import (Batches, Run, RunConfig, autocast, extract_features, flag, load_data,
-                    make_config, make_parser, require, seed_step, start_processes)
+                    make_config, make_parser, report_errors, require, seed_step,
+                    start_processes)
 from eval_linear import accuracy, cosine_lr, labelled, load_model
-from images import UserError
 from plots import plot_confusion, plot_curves
 
 RECIPES = {  # flags that --recipe sets
@@ -173,10 +173,9 @@ def layer_groups(model, wd, decay):
         elif layer == len(names):
             layer = last
         plain = p.ndim < 2 or "token" in name or "pos" in name
-        if (layer, plain) not in groups:
-            groups[layer, plain] = {"params": [], "weight_decay": 0 if plain else wd,
-                                    "scale": decay ** (last - layer)}
-        groups[layer, plain]["params"].append(p)
+        group = groups.setdefault((layer, plain), {
+            "params": [], "weight_decay": 0 if plain else wd, "scale": decay ** (last - layer)})
+        group["params"].append(p)
     return list(groups.values())[::-1]  # metrics.csv has the head's rate
 
 
@@ -243,13 +242,9 @@ def main(argv=None):
     parser.usage = "%(prog)s RUN [--flag value ...]"
     parser.add_argument("run", metavar="RUN", nargs="?")
     typed = vars(parser.parse_args(argv))
-    try:
-        recipe = {} if "resume" in typed else RECIPES[typed.get("recipe", "mae")]
+    recipe = {} if "resume" in typed else RECIPES[typed.get("recipe", "mae")]
+    with report_errors(parser):
         train(make_config({**recipe, **typed}, Config, Config(), "eval_finetune"))
-    except (UserError, OSError) as error:
-        parser.error(str(error))
-    except FloatingPointError as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -24,7 +24,6 @@ Writes eval_linear.json and confusion.png beside the checkpoint (of a file: NAME
 import argparse
 import dataclasses
 import importlib
-import itertools
 import json
 import math
 from pathlib import Path
@@ -35,7 +34,7 @@ import torch.nn.functional as F
 
 from augment import central_crop, normalize, random_hflip, random_resized_crop
 from common import (Batches, autocast, effective_rank, extract_features, knn_accuracy,
-                    load_checkpoint, load_data, require, start_processes)
+                    load_checkpoint, load_data, report_errors, require, start_processes)
 from images import UserError
 from plots import denormalize, plot_confusion
 
@@ -88,9 +87,7 @@ def extract_tokens(encoder, images, img, device, amp=True, like=None):
     """Tokens of central crops, float16 (N, T, D), standardised by `like`, by default the mean and
     scale of 250 of the images; and these two."""
     def encode(ids):
-        batch = images[ids]
-        batch.pixels = batch.pixels.to(device)
-        x = normalize(central_crop(batch, img))
+        x = normalize(central_crop(images[ids].to(device), img))
         with autocast(device, amp):
             return encoder.tokens(x).float()
     N = len(images)
@@ -202,7 +199,7 @@ def accuracy(scores, labels, k=1):
     FloatingPointError if a score is not finite."""
     if not scores.isfinite().all():
         raise FloatingPointError("a score is not finite; try --no-amp")
-    hit = (scores.topk(min(k, scores.shape[1])).indices == labels[:, None]).any(1)
+    hit = (scores.topk(k).indices == labels[:, None]).any(1)
     return 100 * hit.double().mean().item()
 
 
@@ -214,7 +211,7 @@ def labelled(images):
 
 def classify(encoder, features, queries, train, test, args, seed, how):
     """{"linear": scores (Q, classes), …}. how: img, device, amp."""
-    labels, classes = train.labels.to(how[1]), len(train.classes)
+    labels, classes = train.labels.to(features.device), len(train.classes)
     if args.protocol == "mae":
         return {"linear": mae_probe(encoder, train, queries, args, *how, seed)}
     scores = {"linear": linear_probe(features, labels, queries, classes, seed)}
@@ -233,8 +230,7 @@ def evaluate(args):
         args = argparse.Namespace(**{**MAE, **vars(args)})
         require(0 <= args.warmup < args.epochs, f"--warmup {args.warmup} must be below --epochs")
         require(args.batch > 0 and args.lr > 0, "--batch and --lr must be positive")
-    device, _, world = start_processes(args.device)
-    require(world == 1, "eval_linear.py runs in one process, without torchrun")
+    device, _, _ = start_processes(args.device)
     model, cfg = load_model(args.run)
     cfg = dataclasses.replace(cfg, data=args.data or cfg.data, root=args.root or cfg.root,
                               images=args.images)
@@ -259,18 +255,18 @@ def evaluate(args):
         if name != "raw pixels":
             ranks[name] = round(effective_rank(features), 2)
             line += f", effective rank {ranks[name]}"
-        found = {}
         if test:
             queries = extract_features(encoder, test, *how)
             labels, truth = train.labels.to(device), test.labels.to(device)
             scores = classify(encoder, features, queries, train, test, args, cfg.seed, how)
-            found["knn_top1"] = 100 * knn_accuracy(features, labels, queries, truth)
-            for kind, k in itertools.product(scores, (1, 5) if len(train.classes) > 5 else (1,)):
-                found[f"{kind}_top{k}"] = accuracy(scores[kind], truth, k)
+            found = {"knn_top1": 100 * knn_accuracy(features, labels, queries, truth)}
+            for kind in scores:
+                for k in (1, 5) if len(train.classes) > 5 else (1,):
+                    found[f"{kind}_top{k}"] = accuracy(scores[kind], truth, k)
             guesses.append(scores["linear"].argmax(1).cpu())
-        for column, value in found.items():
-            percent[name][column] = round(value, 2)
-            line += f", {column.replace('_', ' ')} {percent[name][column]} %"
+            percent[name] = {column: round(value, 2) for column, value in found.items()}
+        for column, value in percent[name].items():
+            line += f", {column.replace('_', ' ')} {value} %"
         print(line, flush=True)
 
     run = Path(args.run)
@@ -285,7 +281,7 @@ def evaluate(args):
     print(f"written: {folder}/eval_linear{suffix}.json")
 
 
-def main(argv=None):
+def build_parser():
     """The command line."""
     parser = argparse.ArgumentParser("eval_linear.py", usage="%(prog)s RUN [--flag value ...]",
                                      description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -302,13 +298,15 @@ def main(argv=None):
     for name, value in MAE.items():
         add(f"--{name}", type=type(value), default=argparse.SUPPRESS,
             help=f"of --protocol mae ({value})")
+    return parser
+
+
+def main(argv=None):
+    """Evaluates as the flags `argv` say."""
+    parser = build_parser()
     args = parser.parse_args(argv)
-    try:
+    with report_errors(parser):
         evaluate(args)
-    except (UserError, OSError) as error:
-        parser.error(str(error))
-    except FloatingPointError as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,8 @@ Images are stored whole, squeezed to S×S squares; `aspect` keeps their width ov
 import hashlib
 import os
 import tempfile
-import unicodedata
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +59,10 @@ class Images:
 
     def __getitem__(self, ids):
         return Images(self.pixels[ids], self.labels[ids], self.aspect[ids], self.classes)
+
+    def to(self, device):
+        """The same with the pixels on `device`."""
+        return replace(self, pixels=self.pixels.to(device))
 
 
 def load_images(data, split, side, root="data", seed=0):
@@ -145,7 +148,7 @@ def class_names(files, place):
     for file in files:
         parts = Path(file).relative_to(place).parts
         name = annotated.get(parts[-1], parts[0] if len(parts) > 1 else "")
-        names.append(unicodedata.normalize("NFC", readable(name)))
+        names.append(readable(name))
     return names
 
 
@@ -203,7 +206,7 @@ def decode_once(files, place, side, root):
     key = hashlib.sha256(os.fsencode(f"{side} {place.resolve()} {state}")).hexdigest()[:16]
     cache = root / "cache" / f"{place.resolve().parent.name}-{place.name}-{key}.npy"
     try:
-        return read_cache(cache, len(files))
+        return read_cache(cache)
     except (OSError, ValueError, EOFError):
         cache.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache.parent) as part:
@@ -211,15 +214,13 @@ def decode_once(files, place, side, root):
         np.save(Path(part, "aspect.npy"), aspect)
         os.replace(Path(part, "aspect.npy"), cache.with_suffix(".aspect.npy"))
         os.replace(Path(part, "pixels.npy"), cache)
-    return read_cache(cache, len(files))
+    return read_cache(cache)
 
 
-def read_cache(cache, count):
-    """What decode_once has written. Raises OSError or ValueError unless it is whole."""
+def read_cache(cache):
+    """What decode_once has written. Raises OSError, ValueError or EOFError unless it is whole."""
     pixels = np.load(cache, mmap_mode="c")  # copy on write
     aspect = np.load(cache.with_suffix(".aspect.npy"))
-    if len(pixels) != count or len(aspect) != count:
-        raise ValueError(f"{cache} is damaged")
     return torch.from_numpy(pixels), torch.from_numpy(aspect)
 
 

@@ -5,7 +5,8 @@ from collections import defaultdict
 
 import torch
 
-os.environ["MPLBACKEND"] = "agg"  # needs no display; a notebook's own backend fails in scripts
+# Before matplotlib is imported: needs no display, and a notebook's own backend fails in scripts.
+os.environ["MPLBACKEND"] = "agg"
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 

@@ -19,7 +19,6 @@ import inspect
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,10 +26,11 @@ from PIL import Image
 from torchvision.utils import draw_bounding_boxes
 
 from augment import central_crop, crop_resize, normalize
-from common import load_data, require, start_processes
+from common import load_data, report_errors, require, start_processes
 from eval_linear import load_model
 from images import Images, UserError, find_images, largest_side, read_image, readable
 from plots import plot_images
+import matplotlib
 
 ROWS = 12  # at most
 
@@ -71,16 +71,17 @@ def branch_rows(module, model, images):
 
 def view_rows(module, model, images):
     """The two views of a training step, and CMAE's boxes, which its views are taken from."""
-    cfg, rows, boxes = model.cfg, {}, {}
+    cfg, rows, boxes = model.cfg, {}, []
     if hasattr(module, "semantic_boxes"):
         S = images.pixels.shape[2]
         whole = [torch.full((len(images),), side) for side in (0, 0, S, S)]
         whole = crop_resize(images, whole, cfg.img)                             # (n, 3, H, W), 0…1
-        boxes["boxes"] = I = module.semantic_boxes(model.heat(normalize(whole)), cfg.k).cpu()
+        I = module.semantic_boxes(model.heat(normalize(whole)), cfg.k).cpu()
+        boxes = [I]
         corners = (I[:, None, [1, 0, 3, 2]] * (cfg.img - 1)).round()            # x, y, x, y
         drawn = [draw_bounding_boxes(*pair, colors="white") for pair in zip(whole.cpu(), corners)]
         rows["box of the\nheat map"] = normalize(torch.stack(drawn))
-    view1, view2 = module.views(images, cfg, **boxes)[:2]
+    view1, view2 = module.views(images, cfg, *boxes)[:2]
     return rows | {"view 1": view1, "view 2": view2}
 
 
@@ -151,7 +152,6 @@ def to_image(values, size):
 
 def read_folder(folder, side, count):
     """The first images below a folder and their file names. Raises UserError."""
-    require(Path(folder).is_dir(), f"--folder {folder} is not a folder")
     files = find_images(folder)[:count]
     require(files, f"--folder {folder} holds no images")
     side = min(side, largest_side(files))
@@ -190,7 +190,7 @@ def show(args):
         images = images[torch.randperm(len(images), generator=generator)[:args.images]]
 
     model.to(device).eval()
-    images.pixels = images.pixels.to(device)
+    images = images.to(device)
     x = normalize(central_crop(images, cfg.img))                                # (n, 3, img, img)
     torch.manual_seed(args.seed)
     rows = {}
@@ -223,10 +223,8 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of images, masks and views")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args(argv)
-    try:
+    with report_errors(parser):
         show(args)
-    except (UserError, OSError) as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

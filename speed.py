@@ -25,9 +25,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import (Batches, autocast, make_config, make_parser, require, seed_step,
+from common import (Batches, autocast, make_config, make_parser, report_errors, require,
                     start_processes)
-from images import Images, UserError
+from images import Images
 
 
 def load_method(name):
@@ -108,7 +108,7 @@ def measure(module, cfg):
         print(f"{name:9} {rate:12,.1f} images/s   {note}".rstrip(), flush=True)
         return rate
 
-    seed_step(cfg.seed, 0)
+    torch.manual_seed(cfg.seed)
     side = round(cfg.img * 8 / 7)
     pixels = torch.randint(256, (cfg.batch, 3, side, side), dtype=torch.uint8)
     batches = Batches(Images(pixels), cfg.batch, cfg.seed, device)
@@ -131,12 +131,11 @@ def measure(module, cfg):
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     tell("together", lambda: step(*module.views(batches[0], cfg)[:2]))
-    peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0
+    if cuda:
+        print(f"peak of allocated memory: {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
     gflop, limit = gflop_per_image(module, cfg), matrix_rate(device, dtype) / 1e9
     print(f"the step computes {gflop:.4g} GFLOP per image, {rate * gflop / 1e3:.3g} TFLOP/s: "
           f"{rate * gflop / limit:.3f} of the {limit / 1e3:.3g} TFLOP/s of a matrix product")
-    if cuda:
-        print(f"peak of allocated memory: {peak:.2f} GB")
 
 
 def main(argv=None):
@@ -147,11 +146,9 @@ def main(argv=None):
     parser.add_argument("method", metavar="METHOD", help="a method file, as mclim")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="flags of the method file")
     args = parser.parse_args(argv)
-    try:
+    with report_errors(parser):
         module = load_method(args.method)
         measure(module, config_of(module, args.flags))
-    except (UserError, OSError) as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

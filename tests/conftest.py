@@ -47,11 +47,11 @@ def build(cfg):
     return sys.modules[type(cfg).__module__].Model(cfg)
 
 
-def program(*args, cwd=ROOT, **options):
+def program(*args, cwd=ROOT):
     """Runs a command line of this project on one thread; returns the finished process."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, text=True,
-                          capture_output=True, timeout=600, **options)
+                          capture_output=True, timeout=600)
 
 
 def status(module, *arguments):
@@ -74,5 +74,5 @@ def untrained(tmp_path):
 
 @pytest.fixture
 def no_autocast(monkeypatch):
-    """Models run on the meta device, where a value that is read and a stray CPU tensor raise."""
+    """Replaces torch.autocast, which the meta device lacks, by nothing."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())

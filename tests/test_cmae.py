@@ -190,19 +190,6 @@ def test_restore_is_equation_2():
     assert torch.equal(h[:, 1:], x) and torch.allclose(h[:, :1], cls.mean(0))
 
 
-def test_info_nce_is_equation_3():
-    q, k = (z / z.norm(dim=1, keepdim=True) for z in (normal(5, 7), normal(5, 7, seed=1)))
-    terms = []
-    for i in range(5):
-        positive = math.exp(torch.dot(q[i], k[i]) / 0.2)
-        others = sum(math.exp(torch.dot(q[i], k[j]) / 0.2) for j in range(5) if j != i)
-        terms.append(-math.log(positive / (positive + others)))
-    assert cmae.info_nce_loss(3 * q, 2 * k, 0.2).item() == pytest.approx(sum(terms) / 5, rel=1e-5)
-    outside = cmae.info_nce_loss(q, k, 0.2)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(cmae.info_nce_loss(q, k, 0.2), outside)
-
-
 @pytest.mark.parametrize("norm", ["norm", "squared"])
 def test_location_loss_is_equation_5_or_its_square(norm):
     p, positions = normal(2, 3, 9), torch.tensor([[0, 4, 8], [1, 2, 7]])
@@ -270,7 +257,8 @@ def test_forward_is_sections_3_3_to_3_6(change):
 def test_no_gradient_flows_through_q2_and_the_momentum_encoder(pool):
     """q_1 sees only visible pixels: a gradient of masked pixels would come through q_2."""
     model, (x_q, x_k) = build(small("cmae", pool=pool)), two_views()
-    x_q.requires_grad_(), x_k.requires_grad_()
+    x_q.requires_grad_()
+    x_k.requires_grad_()
     mask = cmae.random_mask(4, 16, 0.75)
     loss = model(x_q, x_k, mask_q=mask)["contrast"]
     hidden = mask.unflatten(1, (4, 4)).repeat_interleave(4, 1).repeat_interleave(4, 2)
@@ -310,33 +298,7 @@ def test_a_weight_of_0_leaves_its_part_out(off):
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
-# Training
-
-def test_momentum_networks_start_equal_and_average_with_a_rising_momentum_or_stand_still(
-        few, tmp_path, monkeypatch):
-    states, log = [], common.Run.log
-
-    def keep(run, *args):
-        states.append({name: w.clone() for name, w in run.parts["model"].state_dict().items()})
-        log(run, *args)
-
-    monkeypatch.setattr(common.Run, "log", keep)
-    init = build(small("cmae", seed=7)).encoder.state_dict()
-    torch.save(init, tmp_path / "encoder.pt")
-    name = "blocks.0.attn.qkv.weight"
-    for lam in (1.0, 0.0):
-        cfg = small("cmae", warmup=0.0, momentum=0.9, lam_ctr=lam, out=str(tmp_path / str(lam)),
-                    init=str(tmp_path / "encoder.pt"))
-        cmae.train(cfg)                                     # two steps
-        for average, one, expected in (
-                (f"M_E.{name}", f"encoder.{name}", init[name]),
-                ("M_P.weight", "projection.weight", build(cfg).projection.weight)):
-            for state, m in zip(states, (0.9, 0.95)):       # half-way up to 1
-                expected = m * expected + (1 - m) * state[one] if lam else expected
-                assert torch.allclose(state[average], expected, atol=1e-7)
-        assert not torch.equal(states[-1][f"encoder.{name}"], init[name])
-        states.clear()
-
+# Decoders
 
 DECODERS = ["transformer", "mlp", "conv", "hybrid-mlp", "hybrid-conv"]
 

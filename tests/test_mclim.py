@@ -57,7 +57,6 @@ def test_sizes_of_the_paper(backbone, side, masked):
     assert model.N_b == (224 // side) ** 2 and round(0.6 * model.N_b) == masked
     size = sum(p.numel() for p in model.encoder.parameters())
     assert round(size / 1e6, 2) == {"vit": 43.12, "swin": 48.88, "hivit": 34.32}[backbone]
-    assert backbone != "vit" or size == 43_119_360
 
 
 @every_backbone
@@ -69,22 +68,8 @@ def test_masked_pixels_do_not_reach_the_encoder(backbone):
         model.encoder(image, mask, model.mask_token)
         for image in (x, x.masked_fill(hidden, 7.0), x.masked_fill(~hidden, 7.0)))
     assert torch.equal(tokens, other_masked) and not torch.allclose(tokens, other_visible)
-    before = model.encoder(x, mask, model.mask_token + 1)
-    assert not torch.allclose(tokens, before)
-
-
-@pytest.mark.parametrize("backbone", ["swin", "hivit"])
-def test_evaluation_and_reconstruction(backbone):
-    model, x = build(small("mclim", **BACKBONES[backbone])), normal(4, 3, 16, 16)
-    features, tokens = model.encoder.features(x), model.encoder.tokens(x)
-    assert tokens.shape == (4, (16 // model.encoder.stride) ** 2, model.encoder.dim)
-    assert torch.equal(tokens, model.encoder(x))
-    assert features.shape == (4, model.encoder.dim) and torch.allclose(features, tokens.mean(1))
-    masked, prediction = model.reconstruct(x)
-    visible = masked == x
-    assert visible.float().mean() == pytest.approx(1 - round(0.6 * model.N_b) / model.N_b)
-    assert torch.equal(prediction[visible], x[visible])
-    assert not torch.allclose(prediction[~visible], x[~visible])
+    other_token = model.encoder(x, mask, model.mask_token + 1)
+    assert not torch.allclose(tokens, other_token)
 
 
 @pytest.mark.parametrize("norm_pixels", [True, False])
@@ -154,30 +139,6 @@ def test_weights_of_branch_2():
             assert torch.equal(*weights) == equal
 
 
-def test_branch_2_is_the_momentum_average(tmp_path, monkeypatch):
-    """Two steps: momentum 0.9, then 0.95, halfway up the cosine to 1."""
-    cfg = small("mclim", batch=32, warmup=0, momentum=0.9, out=str(tmp_path / "run"))
-    weights, step = [], mclim.ema
-
-    def record(average, model, m):
-        step(average, model, m)
-        weights.append((m, [[p.clone() for p in part.parameters()] for part in (average, model)]))
-
-    monkeypatch.setattr(mclim, "ema", record)
-    monkeypatch.setattr(mclim.Run, "draw", lambda *_: None)
-    folder = mclim.train(cfg)
-    assert [m for m, _ in weights] == pytest.approx([0.9, 0.9, 0.95, 0.95])
-    for start, (first, second) in zip((build(cfg).encoder, build(cfg).T1),
-                                      (weights[0::2], weights[1::2])):
-        average = list(start.parameters())
-        for m, (found, trained) in (first, second):
-            average = [m * a + (1 - m) * p for a, p in zip(average, trained)]
-            assert all(map(lambda a, b: torch.allclose(a, b, atol=1e-6), found, average))
-        assert not all(map(torch.equal, found, trained))
-    state = load_checkpoint(folder)["model"]
-    assert torch.equal(state["F2.norm.bias"], weights[2][1][0][-1])
-
-
 def test_init_is_loaded_into_each_branch_and_separate_weights_are_no_average(
         tmp_path, monkeypatch):
     monkeypatch.setattr(mclim, "ema", lambda *_: pytest.fail("an average"))
@@ -192,7 +153,7 @@ def test_init_is_loaded_into_each_branch_and_separate_weights_are_no_average(
         assert torch.allclose(state[f"F2.{name}"], value, atol=1e-6), name
 
 
-def test_moco_v3_and_simmim_fall_out_of_flags():
+def test_flags_give_moco_v3_and_simmim():
     moco = build(small("mclim", mask=0.0, lam=0.0))
     view1, view2 = pair()
     losses = moco(view1, view2)

@@ -23,7 +23,9 @@ def test_nt_xent_equals_the_printed_sums():
         return -math.log(math.exp(sim(i, j) / tau) / sum(others))
 
     printed = sum(ell(2 * k, 2 * k + 1) + ell(2 * k + 1, 2 * k) for k in range(5)) / 10  # Eq. 6
-    assert mvmae.nt_xent_loss(z1, z2, tau).item() == pytest.approx(printed, rel=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):  # the loss is in float32
+        loss = mvmae.nt_xent_loss(z1, z2, tau).item()
+    assert loss == pytest.approx(printed, rel=1e-5)
 
 
 def test_mask_has_equally_many_patches_in_each_row_and_is_uniform():
@@ -125,11 +127,11 @@ def test_weight_decay_spares_biases_norms_and_tokens():
     model = build(small("mvmae"))
     decayed, plain = mvmae.param_groups(model, 0.05)
     spared = {id(p) for p in plain["params"]}
-    names = {name for name, p in model.named_parameters() if id(p) in spared}
+    for name, p in model.named_parameters():
+        spare = name.endswith("bias") or "norm" in name or "token" in name
+        assert (id(p) in spared) == spare, name
     assert decayed["weight_decay"] == 0.05 and plain["weight_decay"] == 0
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
-    assert all(name.endswith("bias") or "norm" in name or "token" in name for name in names)
-    assert "encoder.cls_token" in names and "decoder.mask_token" in names
 
 
 def maes_pos_embed(dim, grid):

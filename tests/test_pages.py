@@ -7,17 +7,21 @@ import importlib
 import math
 import re
 import shlex
+import textwrap
 from collections import OrderedDict
 from typing import Literal
 
 import pytest
 import torch
+from PIL import Image
 
 from common import make_config, make_parser
 from conftest import METHODS, ROOT, every_method, normal, small
 
-EQUATIONS = {"mclim": range(1, 11), "mvmae": range(1, 8), "cmae": range(1, 7), "macrl": (),
+EQUATIONS = {"mclim": range(1, 11), "mvmae": range(1, 8), "cmae": range(1, 7),
              "camae": range(1, 7)}
+PROGRAMS = {"eval_linear": "evaluate", "eval_finetune": "train", "eval_dense": "evaluate",
+            "show": "show", "compare": "compare", "speed": "measure"}  # name → its work
 USES_COMMON = {"Config", "train", "main", "views", "contrastive_crop", "Boxes"}
 
 
@@ -118,7 +122,7 @@ def test_a_part_runs_when_it_is_pasted(method, part):
     assert torch.equal(*results)
 
 
-@every_method
+@pytest.mark.parametrize("method", EQUATIONS)
 def test_every_equation_stands_on_a_line_of_code_and_in_the_walk(method):
     code = (ROOT / f"{method}.py").read_text().split('"""', 2)[2]
     marked, walked = numbers(code), numbers(" ".join(row[0] for row in walk(method)))
@@ -167,15 +171,19 @@ def test_formulas_of_the_page_are_whole(method):
 def commands():
     """(program, arguments) of each command in README, the pages, RESULTS and the docstrings."""
     texts = [path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("papers/*.md"))]
-    texts += [importlib.import_module(method).__doc__ for method in METHODS]
+    texts += [importlib.import_module(name).__doc__ for name in (*METHODS, *PROGRAMS)]
     found = re.findall(r"(?:python|torchrun [^\n`|]*?) (\w+)\.py ([^\n`|#]*)",
                        "\n".join(texts).replace("\\\n", " "))
     return sorted({(name, re.split(r"&&|   ", arguments)[0].strip()) for name, arguments in found})
 
 
 @pytest.mark.parametrize("name, arguments", commands())
-def test_commands_of_the_documents_are_understood(name, arguments):
+def test_commands_of_the_documents_are_understood(name, arguments, monkeypatch):
     assert (ROOT / f"{name}.py").exists() or name == "mine"
+    if name in PROGRAMS:
+        module = importlib.import_module(name)
+        monkeypatch.setattr(module, PROGRAMS[name], lambda *_: None)
+        module.main(shlex.split(arguments))
     if name in METHODS and "--resume" not in arguments and "--help" not in arguments:
         module = importlib.import_module(name)
         parser = make_parser(module.__file__, module.__doc__, module.Config, module.TINY)
@@ -188,9 +196,19 @@ def test_the_page_names_flags_that_exist(page):
     text = (ROOT / f"{page}.md").read_text()
     known = {field.name for other in METHODS
              for field in dataclasses.fields(importlib.import_module(other).Config)}
-    sources = "".join((ROOT / f"{name}.py").read_text() for name in
-                      ("eval_linear", "eval_finetune", "eval_dense", "show", "compare", "speed"))
+    sources = "".join((ROOT / f"{name}.py").read_text() for name in PROGRAMS)
     known |= {flag.replace("-", "_") for flag in re.findall(r'"--([a-z-]+)"', sources)}
     known |= set(re.findall(r"^    (\w+): ", sources, re.MULTILINE)) | {"nproc_per_node", "help"}
     for flag in re.findall(r"--(?:no-)?([a-z][a-z0-9-]*)", text):
         assert flag.replace("-", "_") in known, f"--{flag}"
+
+
+def test_the_code_of_the_readme_runs(untrained):
+    text = (ROOT / "README.md").read_text()
+    first, second = map(textwrap.dedent, re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    space = {"dataset": [(Image.new("L", (30, 20)), 0)] * 3}
+    first = first.replace("runs/mclim-DATE-TIME", str(untrained("mclim")))
+    exec(first.replace("PATH", "shapes"), space)
+    assert space["features"].shape == (8, 48)
+    exec(second, space)
+    assert len(space["train_set"]) == 3 and space["test_set"] is None

@@ -21,6 +21,7 @@ import camae
 import common
 import compare
 import eval_dense
+import eval_finetune
 import eval_linear
 import macrl
 import mvmae
@@ -28,7 +29,7 @@ import plots
 import show
 import speed
 from augment import central_crop, normalize
-from conftest import METHODS, ROOT, build, normal, program, small, status
+from conftest import METHODS, ROOT, build, normal, program, slow, small, status
 from images import UserError, load_images
 from plots import denormalize
 
@@ -146,8 +147,12 @@ def test_annotations_keep_their_indices_and_positions(ade):
 def test_segmentation_reports_what_it_measured(untrained, ade, monkeypatch):
     monkeypatch.setattr(eval_dense, "RECIPE", {**eval_dense.RECIPE, "lr": 2e-2, "epochs": 60})
     predictions, segment, run = [], eval_dense.segment, untrained("mvmae")
-    monkeypatch.setattr(eval_dense, "segment",
-                        lambda *args: predictions.append(segment(*args)) or predictions[-1])
+
+    def segment_and_keep(*arguments):
+        predictions.append(segment(*arguments))
+        return predictions[-1]
+
+    monkeypatch.setattr(eval_dense, "segment", segment_and_keep)
     eval_dense.main(f"{run}/last.pt --data {ade} --ignore 0 --baselines --no-amp".split())
     report = json.loads((run / "eval_dense-last-ade.json").read_text())
     assert (run / "eval_dense-last-ade.png").exists()
@@ -242,8 +247,8 @@ def test_show_draws_test_images_and_the_users_own(untrained, tmp_path, method, l
     assert torch.equal(rows["original"], normalize(central_crop(test[ids], 16)))
     wide, high = next(iter(own.values()))  # in their own proportions
     assert wide.shape == (3, 9, 18) and high.shape == (3, 18, 9)
-    small, _ = show.read_folder(photos, 50, 3)
-    assert small.pixels.shape == (2, 3, 20, 20)  # never enlarged
+    read, _ = show.read_folder(photos, 50, 3)
+    assert read.pixels.shape == (2, 3, 20, 20)  # never enlarged
 
 
 def test_nothing_is_reconstructed_if_nothing_is_masked():
@@ -357,7 +362,7 @@ def test_a_stopped_comparison_ends_in_the_same_table(fast, tmp_path, monkeypatch
     assert compare.read_scores(job) is None
 
 
-def test_a_loss_that_is_not_finite_costs_only_its_run(fast, tmp_path, monkeypatch, capsys):
+def test_values_that_are_not_finite_cost_only_their_run(fast, tmp_path, monkeypatch, capsys):
     train = mvmae.train
 
     def fail(cfg):
@@ -372,6 +377,10 @@ def test_a_loss_that_is_not_finite_costs_only_its_run(fast, tmp_path, monkeypatc
     _, row = (tmp_path / "out" / "table.csv").read_text().splitlines()
     assert row.startswith("Two views,1,")
     assert "step 3: the loss is not finite" in capsys.readouterr().err
+    monkeypatch.setattr(eval_linear, "linear_probe", lambda *_: torch.full((100, 10), torch.inf))
+    os.utime(tmp_path / "out/two-views-0/eval_linear.json", (0, 0))
+    assert status(compare, *fast, tmp_path / "out") == 1
+    assert "two-views-0: a score is not finite" in capsys.readouterr().err
 
 
 def test_a_budget_becomes_epochs(fast, tmp_path):
@@ -447,9 +456,18 @@ def test_curves_of_branches_share_a_panel(monkeypatch):
     (speed, "nothing --tiny", "METHOD nothing: not a file of"),
     (speed, "tests/mclim --tiny", "METHOD tests/mclim: not a file of"),
     (speed, "common", "no class Model"), (speed, "mvmae --tua 1", "--tua"),
+    (eval_linear, "{run} --protocol mae --lr 0", "--lr must be positive"),
+    (eval_linear, "{run} --epochs 5", "--epochs: only with --protocol mae"),
+    (eval_linear, "{run} --protocol mae --epochs 5", "--warmup 10.0 must be below --epochs"),
+    (eval_linear, "{tmp}/foreign.pt", "foreign.pt: no model of no_such_method.py"),
+    (eval_linear, "{tmp}/tuned.pt", "tuned.pt: no model of eval_finetune.py"),
+    (eval_finetune, "", "RUN"),
+    (eval_finetune, "{run} --labels 2", "--labels must be at most 1"),
+    (eval_finetune, "{run} --epochs 2 --warmup 2", "must be below --epochs"),
+    (eval_finetune, "{run} --smoothing 1", "at most 0.99"),
     (eval_dense, "{run} --data {tmp}", "images/training"),
     (show, "{run} --images 0", "--images 0"),
-    (show, "{run} --folder {tmp}/nowhere", "nowhere is not a folder"),
+    (show, "{run} --folder {tmp}/nowhere", "nowhere holds no images"),
     (show, "{run} --folder {tmp}/run", "holds no images"),
     (show, "{run} --folder {tmp}/bad", "bad/a.png cannot be read"),
     (show, "{run} --out {tmp}/a.gif", "a.gif must end in"),
@@ -458,7 +476,7 @@ def test_curves_of_branches_share_a_panel(monkeypatch):
     (compare, "--seed 1", "--seed"),
     (compare, "--epochs 3", "--epochs"),
     (compare, "--baseline MEA", "MEA"),
-    (compare, "--rows {tmp}/no", "no"),
+    (compare, "--rows {tmp}/no", "/no'"),
     (compare, "--rows {tmp}/words", "'mea.py'"),
     (compare, "--rows {tmp}/twice", "'mae = mvmae.py'"),
     (compare, "--batch 241", "row MAE: --batch 241"),
@@ -469,6 +487,8 @@ def test_a_mistake_is_one_line(fast, untrained, tmp_path, tool, command, words, 
                        ("other/mae-0/config.json", '{"method": "mvmae", "config": {}}')):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
+    for name, method in (("foreign", "no_such_method"), ("tuned", "eval_finetune")):
+        torch.save({"method": method, "config": {}, "model": {}}, tmp_path / f"{name}.pt")
     argv = command.format(run=untrained("mvmae"), tmp=tmp_path).split()
     if tool is compare:
         argv = [*fast, tmp_path / "out", *argv]
@@ -502,3 +522,13 @@ speed.main(["mine", *flags])
     assert done.returncode == 0, done.stderr
     for words in ("mine on CPU", "mine-0/show.png", "mine-0/eval_dense.json"):
         assert words in done.stdout
+
+
+@slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_the_gpu_check_rehearses_without_errors(tmp_path):
+    done = program("-m", "results.gpu", "--rehearse", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for line in (tmp_path / "figures.jsonl").read_text().splitlines():
+        (name, figures), = json.loads(line).items()
+        assert "error" not in figures and not figures.get("status"), line

@@ -12,10 +12,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
 from common import load_checkpoint
 from compare import folder_name, read_rows
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[2]
 COPIES = {"F2": "encoder", "T2": "T1", "M_E": "encoder", "M_P": "projection", "f_xi": "encoder",

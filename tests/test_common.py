@@ -420,7 +420,8 @@ def test_evaluation_measures_knn_where_there_are_labels(run, kind):
     run.log(9, losses(1))
     run.evaluate(train, test)
     row, encoder, known = rows_of(run.folder)[-1], run.parts["model"].encoder, train.labels >= 0
-    x, y = (common.extract_features(encoder, part, 16, CPU, False) for part in (train, test or train))
+    x, y = (common.extract_features(encoder, part, 16, CPU, False)
+            for part in (train, test or train))
     assert float(row["rank"]) == pytest.approx(common.effective_rank(x), rel=1e-3)
     assert bool(row.get("knn")) == (kind in ("half the labels", "labels"))
     if row.get("knn"):

@@ -183,7 +183,8 @@ def test_weights_are_at_hand():
 
 @pytest.mark.parametrize("file", WEIGHTS, ids=lambda file: file.stem)
 def test_weights_load_as_a_model_and_as_an_initial_encoder(file, tmp_path):
-    (model, cfg), (untrained, _) = (eval_linear.load_model(file, trained) for trained in (True, False))
+    model, cfg = eval_linear.load_model(file)
+    untrained, _ = eval_linear.load_model(file, trained=False)
     assert (cfg.data, cfg.out, cfg.resume) == ("cifar10", "", "")
     x, encoder = normal(4, 3, cfg.img, cfg.img), build(cfg).encoder
     common.load_encoder(encoder, file)

@@ -437,8 +437,7 @@ class Run:
 
     def epoch_done(self, step):
         """Whether an epoch or the training ends here, or Ctrl-C ends it."""
-        return ((step + 1) % self.per_epoch == 0 or step + 1 == self.steps
-                or self.interrupted)
+        return (step + 1) % self.per_epoch == 0 or step + 1 == self.steps or self.interrupted
 
     def save(self, step):
         """Writes encoder.pt, then last.pt."""

@@ -31,7 +31,7 @@ import eval_linear
 from common import RESUMABLE, Batches, load_data, read_config, require
 from images import UserError
 from speed import config_of, gflop_per_image, load_method
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure  # after plots
 
 SCORES = {"knn_top1": "kNN %", "linear_top1": "linear %", "attentive_top1": "attentive %",
           "rank": "effective rank"}
@@ -248,7 +248,7 @@ def main(argv=None):
     parser.add_argument("--rows", help="a file of rows (default: all method files)")
     parser.add_argument("--gflop", type=int, help="budget of a run, 10⁹ operations")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--baseline", help="name of a row (default: the first)")
+    parser.add_argument("--baseline", help="a row (default: the first)")
     parser.add_argument("--out", default="runs/compare", help="default: runs/compare")
     args, flags = parser.parse_known_args(argv)
     try:

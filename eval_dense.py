@@ -35,7 +35,7 @@ from common import report_errors, require, start_processes
 from eval_linear import extract_tokens, load_model, train_probe
 from images import SHAPES, Images, UserError, draw_shapes, find_images, read_image
 from plots import plot_images
-import matplotlib
+import matplotlib  # after plots, which sets the backend
 
 RECIPE = {"lr": 2e-3, "wd": 1e-4, "batch": 16, "epochs": 10, "min_steps": 0}  # AdamW, cosine
 COUNTS = {"training": 2000, "validation": 500}  # of drawn shapes
@@ -108,7 +108,7 @@ def segment(tokens, truth, queries, classes, ignore, seed=0):
     torch.manual_seed(seed)
     probe = DenseProbe(tokens.shape[2], classes, truth.shape[1]).to(truth.device)
     train_probe(probe, tokens, truth, RECIPE,
-                loss=lambda scores, classes: pixel_loss(scores, classes, ignore))
+                loss=lambda scores, target: pixel_loss(scores, target, ignore))
     rows = []
     for part in queries.split(16):
         scores = probe(part.float())

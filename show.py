@@ -30,7 +30,7 @@ from common import load_data, report_errors, require, start_processes
 from eval_linear import load_model
 from images import Images, UserError, find_images, largest_side, read_image, readable
 from plots import plot_images
-import matplotlib
+import matplotlib  # after plots, which sets the backend
 
 ROWS = 12  # at most
 

@@ -15,7 +15,7 @@ import torch
 
 from common import load_checkpoint
 from compare import folder_name, read_rows
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure  # after plots, which sets the backend
 
 ROOT = Path(__file__).parents[2]
 COPIES = {"F2": "encoder", "T2": "T1", "M_E": "encoder", "M_P": "projection", "f_xi": "encoder",

@@ -176,14 +176,17 @@ def seed_step(seed, step, rank=0):
     torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
 
 
-def autocast(device, amp=True):
-    """bfloat16 autocast where the device computes in bfloat16, else float32."""
+def use_bfloat16(device, amp=True):
+    """Whether --amp is given and the device computes in bfloat16 natively."""
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        cpu = torch.cpu.get_capabilities()
-        fast = cpu.get("amx_bf16") or cpu.get("avx512_bf16")
-    return torch.autocast(device.type, torch.bfloat16, enabled=bool(amp and fast))
+        return amp and torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = torch.cpu.get_capabilities()
+    return bool(amp and (cpu.get("amx_bf16") or cpu.get("avx512_bf16")))
+
+
+def autocast(device, amp=True):
+    """bfloat16 autocast with `use_bfloat16`, else float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(device, amp))
 
 
 # Batches
@@ -356,6 +359,7 @@ class Run:
                                 capture_output=True).stdout.strip() if shutil.which("git") else ""
         facts = {"method": self.method, "config": dataclasses.asdict(cfg),
                  "images": len(batches.images), "processes": self.world,
+                 "precision": "bfloat16" if use_bfloat16(self.device, cfg.amp) else "float32",
                  "command": shlex.join(sys.argv), "torch": torch.__version__, "git": commit}
         if cfg.resume:
             saved = read_config(self.folder, self.method)

@@ -59,6 +59,7 @@ def test_a_run_writes_its_folder_and_its_loss_falls(trained, method):
     assert {file.name for file in folder.iterdir()} == names
     facts = json.loads((folder / "config.json").read_text())
     assert facts["method"] == method and facts["images"] == 64
+    assert facts["precision"] == "float32"
     with open(folder / "metrics.csv", newline="") as table:
         rows = list(csv.DictReader(table))
     values = [float(row["loss"]) for row in rows if row["loss"]]

@@ -247,6 +247,13 @@ def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(monkeypatch, nati
     assert not common.autocast(torch.device("cuda"), amp=False)
 
 
+@pytest.mark.parametrize("capability", ["amx_bf16", "avx512_bf16", "avx2"])
+def test_a_cpu_without_bfloat16_instructions_computes_in_float32(monkeypatch, capability):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
+    assert common.use_bfloat16(CPU) is (capability != "avx2")
+    assert common.use_bfloat16(CPU, amp=False) is False
+
+
 def test_images_are_cropped_in_float32_under_autocast(monkeypatch):
     images = load_images("shapes", "test", 18)[torch.arange(4)]
     expected = normalize(central_crop(images, 16))

@@ -219,7 +219,8 @@ def test_a_report_collects_finished_runs_and_keeps_earlier_scores(run, tmp_path,
     (out / "rows.txt").write_text("MAE = mvmae.py\nCMAE = cmae.py\nCAMAE = camae.py\n")
     (out / "scores.csv").write_text("row,seed,knn,rank\nMAE,0,40,9\n")
     (tmp_path / "runs/long/cmae-0-0.01/eval_finetune.json").write_text('{"percent": {"top1": 7}}')
-    (run / "config.json").write_text('{"config": {"seed": 0, "epochs": 3}, "git": "abcdef0123"}')
+    (run / "config.json").write_text(json.dumps({
+        "config": {"seed": 0, "epochs": 3}, "git": "abcdef0123", "precision": "float32"}))
     (run / "metrics.csv").write_text("step,epoch,knn\n1,1,0.1\n2,3,0.2\n")
     shutil.copytree(run, tmp_path / "runs/long/camae-0")  # not evaluated
     percent = {f"{name}_top1": value for name, value in zip(long_report.PROBES, (1, 2, 3))}
@@ -230,7 +231,7 @@ def test_a_report_collects_finished_runs_and_keeps_earlier_scores(run, tmp_path,
     shutil.copytree(run, tmp_path / "runs/long/mae-0")
     long_report.main()
     assert (out / "scores.csv").read_text().splitlines()[1:] == [
-        "CMAE,0,abcdef0,1,2,3,4,,7", "MAE,0,,40,,,9,,", "random weights,0,,,,,,,"]
+        "CMAE,0,abcdef0,float32,1,2,3,4,,7", "MAE,0,,,40,,,9,,", "random weights,0,,,,,,,,"]
     assert [file.name for file in weights.iterdir()] == ["cmae.pt"]
     assert sorted(path.name for path in out.iterdir()) == [
         "cmae-0", "knn.png", "rows.txt", "scores.csv"]

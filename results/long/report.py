@@ -22,6 +22,7 @@ COPIES = {"F2": "encoder", "T2": "T1", "M_E": "encoder", "M_P": "projection", "f
           "g_xi": "g", "momentum_encoder": "encoder", "momentum_projector": "projector"}
 PROBES = ("knn", "linear", "attentive")
 FINETUNED = {"finetune_all": "all", "finetune_1_percent": "0.01"}  # column → end of the folder
+FIELDS = ("row", "seed", "commit", "precision", *PROBES, "rank", *FINETUNED)
 
 
 def export_model(run, file):
@@ -87,7 +88,7 @@ def collect(run, row, scores):
     out.mkdir(exist_ok=True)
     for name in ("config.json", "metrics.csv"):
         shutil.copy(run / name, out)
-    own = {"row": row, "seed": seed, "commit": facts["git"][:7]}
+    own = {"row": row, "seed": seed, "commit": facts["git"][:7], "precision": facts["precision"]}
     scores[row, seed] = {**scores.get((row, seed), {}), **own, **probe_scores(run),
                          **finetune_scores(run)}
     line = scores.setdefault(("random weights", seed), {"row": "random weights", "seed": seed})
@@ -118,7 +119,7 @@ def main():
             if run.name.endswith("-0"):
                 export_model(run, ROOT / "weights" / f"{folder_name(row)}.pt")
     with open(out / "scores.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ["row", "seed", "commit", *PROBES, "rank", *FINETUNED])
+        writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(scores[key] for key in sorted(scores))
     draw_knn(out, rows)

@@ -161,14 +161,14 @@ def run_mclim(args, device):
 
 def main():
     parser = argparse.ArgumentParser("results.gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of figures")
+    parser.add_argument("--out", type=Path, required=True, help="new folder")
     parser.add_argument("--data", default="shapes", help="of part mclim")
     parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
     parser.add_argument("--part", choices=LIMITS)
     args = parser.parse_args()
     if not (args.rehearse or torch.cuda.is_available()):
         parser.error("no CUDA GPU; try --rehearse")
-    args.out.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=bool(args.part))
     parts = {"agree": agree, "compile": agree, "speed": speed, "views": views, "mclim": run_mclim}
     if args.part:
         parts[args.part](args, start_processes("cpu" if args.rehearse else "cuda")[0])

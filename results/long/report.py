@@ -68,7 +68,7 @@ def read_knn(metrics):
 
 def draw_knn(out, rows):
     """Draws kNN over epochs of seed 0 of all rows that are collected."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for row in rows:
         metrics = out / f"{folder_name(row)}-0" / "metrics.csv"
@@ -77,7 +77,7 @@ def draw_knn(out, rows):
     axes.set(xlabel="epoch", ylabel="kNN top-1 in %, 1,000 test images")
     axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(out / "knn.png", dpi=120)
 
 

@@ -177,7 +177,7 @@ def seed_step(seed, step, rank=0):
 
 
 def use_bfloat16(device, amp=True):
-    """Whether --amp is given and the device computes in bfloat16 natively."""
+    """Whether to compute in bfloat16: with --amp, on devices that have it natively."""
     if device.type == "cuda":
         return amp and torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = torch.cpu.get_capabilities()

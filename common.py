@@ -293,7 +293,9 @@ def save_file(state, file, previous=None):
 
 
 def read_file(file):
-    """Tensors and plain values that torch.save wrote. Raises UserError if it is damaged."""
+    """Tensors and plain values that torch.save wrote. Raises UserError if it is missing or
+    damaged."""
+    require(os.path.isfile(file), f"{file}: no such file")
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:

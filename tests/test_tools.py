@@ -467,6 +467,7 @@ def test_curves_of_branches_share_a_panel(monkeypatch):
     (eval_finetune, "{run} --smoothing 1", "at most 0.99"),
     (eval_dense, "{run} --data {tmp}", "images/training"),
     (show, "{run} --images 0", "--images 0"),
+    (show, "{tmp}/nowhere.pt", "nowhere.pt: no such file"),
     (show, "{run} --folder {tmp}/nowhere", "nowhere holds no images"),
     (show, "{run} --folder {tmp}/run", "holds no images"),
     (show, "{run} --folder {tmp}/bad", "bad/a.png cannot be read"),

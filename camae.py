@@ -94,8 +94,7 @@ class Config(RunConfig):
                 f"--dim {self.dim} must be a multiple of 4 times --heads {self.heads}")
         require(self.decoder_dim % (4 * self.decoder_heads) == 0, f"--decoder-dim "
                 f"{self.decoder_dim} must be a multiple of 4 times --decoder-heads")
-        require(self.warmup < self.epochs,
-                f"--warmup {self.warmup} must be below --epochs {self.epochs}")
+        require(self.warmup < self.epochs, f"--warmup {self.warmup} must be below --epochs")
         require(not self.contrast or self.batch > 1, "--batch 1 has no negatives")
         require(self.tau > 0 and self.eps > 0, "--tau and --eps must be positive")
         require(self.hidden > 0 and self.out_dim > 0, "--hidden and --out-dim must be positive")
@@ -200,7 +199,7 @@ class CAMAE(nn.Module):
                 mask = self.draw_mask(view1, m, last_block_input)             # Eq. 3, (B, N)
             y, target = self.decode(view1, mask), patchify(view1, cfg.patch)  # x̃ and x, (B, N, P)
             target = normalize_patches(target) if cfg.norm_pixels else target
-            losses["reconstruction"] = masked_mse(y, target, mask)            # Eq. 2
+            losses["reconstruction"] = reconstruction_loss(y, target, mask)   # Eq. 2
         return {"loss": sum(losses.values()), **losses}                       # Eq. 6
 
     @torch.no_grad()
@@ -289,8 +288,8 @@ def plb_update(p, losses, lam, eps):
 
 
 def plb_scale(cfg):
-    """Factor from masked_mse to L^m in Eq. 4: 1 with --plb-loss mean; with sum the number of
-    masked pixel values of an image."""
+    """Factor from reconstruction_loss to L^m in Eq. 4: 1 with --plb-loss mean; with sum the number
+    of masked pixel values of an image."""
     masked = round(cfg.mask * (cfg.img // cfg.patch) ** 2)                        # patches
     return 1 if cfg.plb_loss == "mean" else masked * 3 * cfg.patch ** 2
 
@@ -304,7 +303,7 @@ def info_nce_loss(z, z_prime, tau):
         return F.cross_entropy(logits, torch.arange(len(z), device=z.device))     # Eq. 1
 
 
-def masked_mse(pred, target, mask):
+def reconstruction_loss(pred, target, mask):
     """Mean squared error of (B, N, P) over the patches where mask (B, N) is True. Eq. 2"""
     error = (pred.float() - target.float()).square().mean(2)                      # (B, N)
     return (error * mask).sum() / mask.sum()
@@ -319,7 +318,7 @@ def cosine_lr(step, steps, warmup, peak):
 
 
 def param_groups(model, wd):
-    """AdamW's groups: no weight decay on biases, norms, tokens and positions."""
+    """AdamW's groups: no decay of vectors and of names with "token" or "pos"."""
     decayed, plain = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:

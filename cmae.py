@@ -221,10 +221,10 @@ class CMAE(nn.Module):
         self.location.requires_grad_(cfg.lam_loc > 0)
         self.decoder.requires_grad_(cfg.lam_con > 0)
 
-    def forward(self, view1, view2, mask_q=None, mask_k=None):
+    def forward(self, x_q, x_k, mask_q=None, mask_k=None):
         """Normalised views (B, 3, H, W) → {"loss": Eq. 6, "contrast": Eq. 3, "location": Eq. 5,
         "reconstruction"}, without terms of weight 0. Masks (B, N): True is masked; None: random."""
-        cfg, V, x_q, x_k = self.cfg, self.V, view1, view2
+        cfg, V = self.cfg, self.V
         L_ctr, L_loc, L_con, losses = 0, 0, 0, {}
         if mask_q is None:
             mask_q = random_mask(len(x_q), self.N, cfg.mask, x_q.device)        # §3.3, (B, N)
@@ -315,7 +315,7 @@ def cosine_lr(step, steps, warmup, peak):
 
 
 def param_groups(model, wd):
-    """AdamW's groups: no weight decay on biases, norms, tokens and positions."""
+    """AdamW's groups: no decay of vectors and of names with "token" or "pos"."""
     decayed, plain = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:

@@ -113,6 +113,8 @@ def make_config(typed, Config, TINY, method):
     for name, value in typed.items():
         require(name in RESUMABLE or value == saved.get(name), f"{flag(name)} {value}: "
                 f"{typed['resume']} was started with {saved.get(name)}, and a resumed run keeps it")
+    if Path(typed["resume"], "last.pt").exists():
+        saved.pop("init", None)  # the checkpoint has the weights
     return Config(**{**saved, **typed, "out": typed["resume"]})
 
 
@@ -128,8 +130,8 @@ def read_config(folder, method):
 
 @contextlib.contextmanager
 def report_errors(parser):
-    """Ends the program with one line: with status 2 after a UserError or OSError, with status 1
-    after a FloatingPointError."""
+    """Ends the program with one line and status 2 after a UserError or OSError, 1 after a
+    FloatingPointError."""
     try:
         yield
     except (UserError, OSError) as error:
@@ -208,8 +210,8 @@ def load_data(cfg):
 
 
 class Batches:
-    """`batches[step]`: the Images of a step on the device. An epoch is a permutation that
-    (seed, epoch) determines; the last incomplete batch is dropped.
+    """`batches[step]`: Images of a step, with only the pixels on the device. An epoch is a
+    permutation that (seed, epoch) determines; the last incomplete batch is dropped.
 
     The pixels stay on the GPU if they take less than a quarter of its free memory.
     """
@@ -388,7 +390,7 @@ class Run:
         self.drawn = 0
 
     def stop(self, number, frame):
-        """Notes a signal. A second one ends the program, but torchrun sends each twice."""
+        """Notes a signal. With one process a second one ends the program."""
         if self.world == 1:
             signal.signal(number, signal.SIG_DFL)
         if self.rank == 0 and not self.signal:

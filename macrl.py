@@ -102,8 +102,7 @@ class Config(RunConfig):
         require(self.decoder_dim % (4 * self.decoder_heads) == 0, f"--decoder-dim "
                 f"{self.decoder_dim} must be a multiple of 4 times --decoder-heads")
         require(self.hidden > 0 and self.out_dim > 0, "--hidden and --out-dim must be positive")
-        require(self.warmup < self.epochs,
-                f"--warmup {self.warmup} must be below --epochs {self.epochs}")
+        require(self.warmup < self.epochs, f"--warmup {self.warmup} must be below --epochs")
         require(self.tau > 0, "--tau must be positive")
         require(self.lam_c + self.lam_r > 0, "--lam-c 0 and --lam-r 0 leave no loss")
         require(self.lam_c == 0 or self.batch > 1, "--batch 1 has no negatives; try --lam-c 0")
@@ -272,7 +271,7 @@ def cosine_lr(step, steps, warmup, peak):
 
 
 def param_groups(model, wd):
-    """AdamW's groups: no weight decay on biases, norms, tokens and positions."""
+    """AdamW's groups: no decay of vectors and of names with "token" or "pos"."""
     decayed, plain = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:

@@ -160,7 +160,7 @@ class MCLim(nn.Module):
                 self.F2, self.T2 = self.make_encoder(), self.make_head()
 
     def make_encoder(self):
-        """An encoder of Table 1 with a frozen patch embedding, §2.3."""
+        """An encoder of Table 1. §2.3 freezes its patch embedding."""
         cfg = self.cfg
         if cfg.backbone == "vit":
             encoder = Encoder(cfg.img, cfg.patch, cfg.dim, cfg.depth, cfg.heads)
@@ -271,7 +271,7 @@ def cosine_lr(step, steps, warmup, peak):
 
 
 def param_groups(model, wd):
-    """AdamW's groups: no weight decay on biases, norms, tokens and positions."""
+    """AdamW's groups: no decay of vectors and of names with "token" or "pos"."""
     decayed, plain = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -482,10 +482,10 @@ class SwinEncoder(nn.Module):
 
     def forward(self, x, mask=None, mask_token=None):
         """Images (B, 3, H, W) → (B, N, D). mask (B, N_b), mask_token (C), C = D/8."""
-        x = self.patch_norm(self.patch_embed(x).permute(0, 2, 3, 1))            # (B, h, w, C)
+        x = self.patch_norm(self.patch_embed(x).permute(0, 2, 3, 1).float())    # (B, h, w, C)
         if mask is not None:
-            masked = repeat_blocks(mask, self.grid).unflatten(1, (self.grid, self.grid))
-            x = torch.where(masked[..., None], mask_token, x)                   # §2.2
+            masked = repeat_blocks(mask, self.grid).view(*x.shape[:3], 1)
+            x = torch.where(masked, mask_token, x)                              # §2.2
         return self.norm(self.stages(x)).flatten(1, 2)
 
     def tokens(self, x):
@@ -579,10 +579,10 @@ class HiViTEncoder(nn.Module):
 
     def forward(self, x, mask=None, mask_token=None):
         """Images (B, 3, H, W) → (B, N, D). mask (B, N_b), mask_token (C), C = D/4."""
-        x = self.patch_norm(self.patch_embed(x).permute(0, 2, 3, 1))            # (B, h, w, C)
+        x = self.patch_norm(self.patch_embed(x).permute(0, 2, 3, 1).float())    # (B, h, w, C)
         if mask is not None:
-            masked = repeat_blocks(mask, self.grid).unflatten(1, (self.grid, self.grid))
-            x = torch.where(masked[..., None], mask_token, x)                   # §2.2
+            masked = repeat_blocks(mask, self.grid).view(*x.shape[:3], 1)
+            x = torch.where(masked, mask_token, x)                              # §2.2
         x = self.stem(x).flatten(1, 2) + self.pos_embed                         # (B, N, D)
         for block in self.blocks:
             x = block(x)

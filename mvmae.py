@@ -74,11 +74,9 @@ class Config(RunConfig):
                 f"--mask {self.mask} must leave some of {N} patches masked and some visible")
         require(self.dim % (4 * self.heads) == 0,
                 f"--dim {self.dim} must be a multiple of 4 times --heads {self.heads}")
-        require(self.decoder_dim % (4 * self.decoder_heads) == 0,
-                f"--decoder-dim {self.decoder_dim} must be a multiple of 4 times "
-                f"--decoder-heads {self.decoder_heads}")
-        require(self.warmup < self.epochs,
-                f"--warmup {self.warmup} must be below --epochs {self.epochs}")
+        require(self.decoder_dim % (4 * self.decoder_heads) == 0, f"--decoder-dim "
+                f"{self.decoder_dim} must be a multiple of 4 times --decoder-heads")
+        require(self.warmup < self.epochs, f"--warmup {self.warmup} must be below --epochs")
         require(self.tau > 0, "--tau must be positive")
         require(self.lam == 0 or self.targets != "one", "--targets one has no pairs: add --lam 0")
         require(self.lam == 0 or self.batch > 1, "--batch 1 has no negatives; try --lam 0")
@@ -203,7 +201,7 @@ def cosine_lr(step, steps, warmup, peak):
 
 
 def param_groups(model, wd):
-    """AdamW's groups: no weight decay on biases, norms, tokens and positions."""
+    """AdamW's groups: no decay of vectors and of names with "token" or "pos"."""
     decayed, plain = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -346,8 +344,8 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A ViT with class token. Its state dict has timm's keys. An image's vector is the mean of its
-    patch tokens (pool "mean") or the class token ("cls"). §3.1.3"""
+    """A ViT with class token. Its state dict is timm's. An image's vector is the mean of its patch
+    tokens (pool "mean") or the class token ("cls")."""
     def __init__(self, img, patch, dim, depth, heads, pool="mean"):
         super().__init__()
         self.pool = pool

@@ -21,7 +21,7 @@ def plot_curves(file, rows):
                   if row.get(name) not in (None, "")]
         if points:
             title, _, last = name.rpartition(" ")
-            shared = title and len(last) < 3  # "reconstruction s" of two branches, "p 3" of heads
+            shared = title and len(last) < 3  # "reconstruction s" of two branches, "p of head 3"
             panels[title if shared else name][name] = points
     columns = min(5, len(panels))
     lines = -(-len(panels) // columns)

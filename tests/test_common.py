@@ -77,12 +77,14 @@ def test_an_untyped_warm_up_is_at_most_a_fifth_of_typed_epochs():
 
 
 def test_resume_takes_the_runs_config_and_new_fields_take_their_defaults(tmp_path, capsys):
-    saved = {**dataclasses.asdict(mvmae.TINY), "tau": 0.3, "gone": 1}
+    saved = {**dataclasses.asdict(mvmae.TINY), "tau": 0.3, "gone": 1, "init": "old.pt"}
     del saved["pool"]
     (tmp_path / "config.json").write_text(json.dumps({"method": "mvmae", "config": saved}))
     cfg = parse(f"--resume {tmp_path} --log-every 7")
     assert (cfg.tau, cfg.dim, cfg.log_every, cfg.pool) == (0.3, 192, 7, "mean")
-    assert cfg.out == str(tmp_path)
+    assert cfg.out == str(tmp_path) and cfg.init == "old.pt"
+    (tmp_path / "last.pt").touch()
+    assert parse(f"--resume {tmp_path}").init == ""
     said = capsys.readouterr().out
     assert "--pool: new, takes its default" in said and "--gone: is gone" in said
     with pytest.raises(UserError, match="--batch 99.* was started with 128"):

@@ -204,3 +204,18 @@ def test_attention_is_in_float32_on_a_cpu(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         build(small("mclim", **BACKBONES["hivit"])).encoder(normal(2, 3, 16, 16))
     assert seen == {torch.float32}
+
+
+@every_backbone
+def test_a_mask_does_not_change_the_precision_of_any_part(backbone):
+    model, x = build(small("mclim", **BACKBONES[backbone])), normal(2, 3, 16, 16)
+    seen = []
+    for name, part in model.encoder.named_modules():
+        part.register_forward_pre_hook(
+            lambda part, inputs, name=name: seen.append((name, inputs[0].dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        model.encoder(x, mclim.random_mask(2, model.N_b, 0.5), model.mask_token)
+        masked = seen.copy()
+        seen.clear()
+        model.encoder(x)
+    assert masked == seen

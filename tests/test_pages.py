@@ -77,7 +77,8 @@ PARTS = {
     "mvmae": ["nt_xent_loss", "reconstruction_loss", "cosine_lr", "Encoder", "MVMAE"],
     "cmae": ["info_nce_loss", "location_loss", "semantic_boxes", "Encoder", "CMAE"],
     "macrl": ["info_nce_loss", "reconstruction_loss", "Encoder", "MACRL"],
-    "camae": ["info_nce_loss", "idm_mask", "plb_update", "masked_mse", "Encoder", "CAMAE"],
+    "camae": ["info_nce_loss", "idm_mask", "plb_update", "reconstruction_loss", "Encoder",
+              "CAMAE"],
 }
 
 
@@ -104,7 +105,7 @@ def test_a_part_runs_when_it_is_pasted(method, part):
     arguments = {
         "info_nce_loss": (z, other, z, 0.2) if method == "macrl" else (z, other, 0.2),
         "dcl_loss": (z, other, 0.2), "nt_xent_loss": (z, other, 0.2),
-        "reconstruction_loss": (pred, target, mask), "masked_mse": (pred, target, mask),
+        "reconstruction_loss": (pred, target, mask),
         "random_mask": (6, 16, 0.5), "idm_mask": (z, 0.75), "cosine_lr": (5, 20, 3, 1.0),
         "plb_update": (z[0].softmax(0), z[1], 0.9, 0.2), "Encoder": (16, 4, 48, 2, 3),
         "location_loss": (normal(6, 4, 16), mask[:, :4].long()),

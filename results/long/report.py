@@ -91,7 +91,8 @@ def collect(run, row, scores):
     own = {"row": row, "seed": seed, "commit": facts["git"][:7], "precision": facts["precision"]}
     scores[row, seed] = {**scores.get((row, seed), {}), **own, **probe_scores(run),
                          **finetune_scores(run)}
-    line = scores.setdefault(("random weights", seed), {"row": "random weights", "seed": seed})
+    line = scores.setdefault(("random weights", seed), {"row": "random weights", "seed": seed,
+                                                        "precision": facts["precision"]})
     if not line.get("rank"):  # the probes of the first row that has them
         line.update(probe_scores(run, "untrained encoder"))
     line.update(finetune_scores(run.with_name(f"random-weights-{seed}")))

@@ -231,7 +231,7 @@ def test_a_report_collects_finished_runs_and_keeps_earlier_scores(run, tmp_path,
     shutil.copytree(run, tmp_path / "runs/long/mae-0")
     long_report.main()
     assert (out / "scores.csv").read_text().splitlines()[1:] == [
-        "CMAE,0,abcdef0,float32,1,2,3,4,,7", "MAE,0,,,40,,,9,,", "random weights,0,,,,,,,,"]
+        "CMAE,0,abcdef0,float32,1,2,3,4,,7", "MAE,0,,,40,,,9,,", "random weights,0,,float32,,,,,,"]
     assert [file.name for file in weights.iterdir()] == ["cmae.pt"]
     assert sorted(path.name for path in out.iterdir()) == [
         "cmae-0", "knn.png", "rows.txt", "scores.csv"]

@@ -271,7 +271,7 @@ def cosine_lr(step, steps, warmup, peak):
 
 
 def param_groups(model, wd):
-    """AdamW's groups: no decay of vectors and of names with "token" or "pos"."""
+    """AdamW's groups: vectors and names with "token" or "pos" have no weight decay."""
     decayed, plain = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:

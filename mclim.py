@@ -271,7 +271,7 @@ def cosine_lr(step, steps, warmup, peak):
 
 
 def param_groups(model, wd):
-    """AdamW's groups: no decay of vectors and of names with "token" or "pos"."""
+    """AdamW's groups: vectors and names with "token" or "pos" have no weight decay."""
     decayed, plain = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -482,6 +482,7 @@ class SwinEncoder(nn.Module):
 
     def forward(self, x, mask=None, mask_token=None):
         """Images (B, 3, H, W) → (B, N, D). mask (B, N_b), mask_token (C), C = D/8."""
+        # Autocast on a CPU would leave this norm in bfloat16.
         x = self.patch_norm(self.patch_embed(x).permute(0, 2, 3, 1).float())    # (B, h, w, C)
         if mask is not None:
             masked = repeat_blocks(mask, self.grid).view(*x.shape[:3], 1)
@@ -579,6 +580,7 @@ class HiViTEncoder(nn.Module):
 
     def forward(self, x, mask=None, mask_token=None):
         """Images (B, 3, H, W) → (B, N, D). mask (B, N_b), mask_token (C), C = D/4."""
+        # Autocast on a CPU would leave this norm in bfloat16.
         x = self.patch_norm(self.patch_embed(x).permute(0, 2, 3, 1).float())    # (B, h, w, C)
         if mask is not None:
             masked = repeat_blocks(mask, self.grid).view(*x.shape[:3], 1)

@@ -214,11 +214,14 @@ def test_an_exported_model_stores_no_momentum_copies(untrained, method, changes,
 def test_a_report_collects_finished_runs_and_keeps_earlier_scores(run, tmp_path, monkeypatch):
     monkeypatch.setattr(long_report, "ROOT", tmp_path)
     out, weights = tmp_path / "results/long", tmp_path / "weights"
-    for folder in (out, weights, tmp_path / "runs/long/cmae-0-0.01"):
+    for folder in (out, weights):
         folder.mkdir(parents=True)
     (out / "rows.txt").write_text("MAE = mvmae.py\nCMAE = cmae.py\nCAMAE = camae.py\n")
     (out / "scores.csv").write_text("row,seed,knn,rank\nMAE,0,40,9\n")
-    (tmp_path / "runs/long/cmae-0-0.01/eval_finetune.json").write_text('{"percent": {"top1": 7}}')
+    for i, name in enumerate(("cmae-0-0.01", "mae-0-all", "random-weights-0-all")):
+        folder = tmp_path / "runs/long" / name
+        folder.mkdir(parents=True)
+        (folder / "eval_finetune.json").write_text(json.dumps({"percent": {"top1": 7 + i}}))
     (run / "config.json").write_text(json.dumps({
         "config": {"seed": 0, "epochs": 3}, "git": "abcdef0123", "precision": "float32"}))
     (run / "metrics.csv").write_text("step,epoch,knn\n1,1,0.1\n2,3,0.2\n")
@@ -231,7 +234,8 @@ def test_a_report_collects_finished_runs_and_keeps_earlier_scores(run, tmp_path,
     shutil.copytree(run, tmp_path / "runs/long/mae-0")
     long_report.main()
     assert (out / "scores.csv").read_text().splitlines()[1:] == [
-        "CMAE,0,abcdef0,float32,1,2,3,4,,7", "MAE,0,,,40,,,9,,", "random weights,0,,float32,,,,,,"]
+        "CMAE,0,abcdef0,float32,1,2,3,4,,7", "MAE,0,,,40,,,9,8,",
+        "random weights,0,,float32,,,,,9,"]
     assert [file.name for file in weights.iterdir()] == ["cmae.pt"]
     assert sorted(path.name for path in out.iterdir()) == [
         "cmae-0", "knn.png", "rows.txt", "scores.csv"]

@@ -3,8 +3,8 @@
     python -m results.long.report
 
 For each row of rows.txt and each seed in runs/long: copies config.json and metrics.csv to
-results/long/ROW-SEED and adds a line to scores.csv. Writes the models of seed 0 to weights/ and the
-picture knn.png.
+results/long/ROW-SEED and adds a line to scores.csv. Fine-tunings need no run there. Writes the
+models of seed 0 to weights/ and the picture knn.png.
 """
 import csv
 import json
@@ -51,9 +51,9 @@ def probe_scores(run, encoder="trained encoder"):
     return {**percent, "rank": report["effective_rank"][encoder]}
 
 
-def finetune_scores(run):
-    """Top-1 in percent of the fine-tunings RUN-all and RUN-0.01 that exist."""
-    files = {name: run.with_name(f"{run.name}-{labels}") / "eval_finetune.json"
+def finetune_scores(row, seed):
+    """Top-1 in percent of the fine-tunings ROW-SEED-all and ROW-SEED-0.01 that exist."""
+    files = {name: ROOT / f"runs/long/{folder_name(row)}-{seed}-{labels}/eval_finetune.json"
              for name, labels in FINETUNED.items()}
     return {name: json.loads(file.read_text())["percent"]["top1"]
             for name, file in files.items() if file.exists()}
@@ -89,13 +89,11 @@ def collect(run, row, scores):
     for name in ("config.json", "metrics.csv"):
         shutil.copy(run / name, out)
     own = {"row": row, "seed": seed, "commit": facts["git"][:7], "precision": facts["precision"]}
-    scores[row, seed] = {**scores.get((row, seed), {}), **own, **probe_scores(run),
-                         **finetune_scores(run)}
+    scores[row, seed] = {**scores.get((row, seed), {}), **own, **probe_scores(run)}
     line = scores.setdefault(("random weights", seed), {"row": "random weights", "seed": seed,
                                                         "precision": facts["precision"]})
     if not line.get("rank"):  # the probes of the first row that has them
         line.update(probe_scores(run, "untrained encoder"))
-    line.update(finetune_scores(run.with_name(f"random-weights-{seed}")))
 
 
 def is_finished(run):
@@ -119,6 +117,8 @@ def main():
             collect(run, row, scores)
             if run.name.endswith("-0"):
                 export_model(run, ROOT / "weights" / f"{folder_name(row)}.pt")
+    for key in scores:
+        scores[key].update(finetune_scores(*key))
     with open(out / "scores.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()

@@ -95,7 +95,8 @@ class Config(RunConfig):
         require(self.decoder_dim % (4 * self.decoder_heads) == 0, f"--decoder-dim "
                 f"{self.decoder_dim} must be a multiple of 4 times --decoder-heads")
         require(self.warmup < self.epochs, f"--warmup {self.warmup} must be below --epochs")
-        require(not self.contrast or self.batch > 1, "--batch 1 has no negatives")
+        require(not self.contrast or self.batch > 1,
+                "--batch 1 has no negatives; try --no-contrast")
         require(self.tau > 0 and self.eps > 0, "--tau and --eps must be positive")
         require(self.hidden > 0 and self.out_dim > 0, "--hidden and --out-dim must be positive")
         require(max(self.lam, self.momentum, self.jitter, self.gray, self.blur) <= 1,
@@ -204,9 +205,9 @@ class CAMAE(nn.Module):
 
     @torch.no_grad()
     def draw_mask(self, x, m=None, last_block_input=None):
-        """Draws masks, bool (B, N), for images (B, 3, H, W), see --mask-by. m (1,): head of Eq. 3,
-        on the unmasked images; None: random. last_block_input (B, 1 + N, D): that of x, if
-        already computed."""
+        """Masks by --mask-by, bool (B, N), for images (B, 3, H, W). m (1,): head of Eq. 3, on the
+        unmasked images; None: random. last_block_input (B, 1 + N, D): that of x, if already
+        computed."""
         cfg = self.cfg
         if cfg.mask_by == "random":
             return random_mask(len(x), self.N, cfg.mask, x.device)
@@ -305,7 +306,7 @@ def info_nce_loss(z, z_prime, tau):
 
 def reconstruction_loss(pred, target, mask):
     """Mean squared error of (B, N, P) over the patches where mask (B, N) is True. Eq. 2"""
-    error = (pred.float() - target.float()).square().mean(2)                      # (B, N)
+    error = (pred.float() - target.float()).square().mean(2)                    # (B, N)
     return (error * mask).sum() / mask.sum()
 
 

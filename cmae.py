@@ -302,7 +302,7 @@ def location_loss(p, positions, norm="norm"):
 
 def reconstruction_loss(pred, target, mask):
     """Mean squared error of (B, N, P) over the patches where mask (B, N) is True: L_con of §3.5"""
-    error = (pred.float() - target.float()).square().mean(2)  # (B, N)
+    error = (pred.float() - target.float()).square().mean(2)                    # (B, N)
     return (error * mask).sum() / mask.sum()
 
 
@@ -487,7 +487,7 @@ class Encoder(nn.Module):
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch, patch)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         positions = F.pad(sincos_pos_embed(dim, img // patch), (0, 0, 1, 0))
-        self.register_buffer("pos_embed", positions)  # 0 for the class token
+        self.register_buffer("pos_embed", positions)                # 0 for the class token
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)

@@ -113,7 +113,7 @@ def make_config(typed, Config, TINY, method):
     for name, value in typed.items():
         require(name in RESUMABLE or value == saved.get(name), f"{flag(name)} {value}: "
                 f"{typed['resume']} was started with {saved.get(name)}, and a resumed run keeps it")
-    if Path(typed["resume"], "last.pt").exists():
+    if find_checkpoints(typed["resume"]):
         saved.pop("init", None)  # the checkpoint has the weights
     return Config(**{**saved, **typed, "out": typed["resume"]})
 
@@ -187,7 +187,7 @@ def use_bfloat16(device, amp=True):
 
 
 def autocast(device, amp=True):
-    """bfloat16 autocast with `use_bfloat16`, else float32."""
+    """bfloat16 autocast if `use_bfloat16`, else none."""
     return torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(device, amp))
 
 
@@ -295,8 +295,7 @@ def save_file(state, file, previous=None):
 
 
 def read_file(file):
-    """Tensors and plain values that torch.save wrote. Raises UserError if it is missing or
-    damaged."""
+    """What torch.save wrote. Raises UserError if the file is missing or damaged."""
     require(os.path.isfile(file), f"{file}: no such file")
     try:
         if zipfile.is_zipfile(file):
@@ -314,11 +313,16 @@ def save_checkpoint(folder, method, step, cfg, **parts):
     save_file(state, Path(folder, "last.pt"), Path(folder, "previous.pt"))
 
 
+def find_checkpoints(run):
+    """Those of last.pt and previous.pt that exist."""
+    files = Path(run, "last.pt"), Path(run, "previous.pt")
+    return [file for file in files if file.exists()]
+
+
 def load_checkpoint(path, **parts):
     """Loads a checkpoint, or the newest one of a run folder, into `parts`. Returns all it holds:
     "method", "step", "config" and the state dict of each part. Raises UserError."""
-    files = [Path(path, name) for name in ("last.pt", "previous.pt")]
-    files = [file for file in files if file.exists()] if Path(path).is_dir() else [Path(path)]
+    files = find_checkpoints(path) if Path(path).is_dir() else [Path(path)]
     require(files, f"{path} holds no checkpoint")
     state = read_file(files[0])
     require(isinstance(state, dict) and "method" in state, f"{files[0]} is not a run's checkpoint")
@@ -341,8 +345,7 @@ def load_encoder(encoder, path):
         timm = {name: state[name] for name in state if not name.startswith("head.")}
         encoder.load_state_dict(own or timm)
     except (RuntimeError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"--init {path}: {reason}") from error
+        raise UserError(f"--init {path}: {' '.join(str(error).split())[:300]}") from error
 
 
 # The run
@@ -370,7 +373,7 @@ class Run:
             for name in ("images", "processes"):
                 require(saved[name] == facts[name], f"--resume {self.folder}: it was started with "
                         f"{saved[name]} {name}; there are {facts[name]}")
-            if (self.folder / "last.pt").exists() or (self.folder / "previous.pt").exists():
+            if find_checkpoints(self.folder):
                 self.start = self.step = load_checkpoint(self.folder, **parts)["step"]
                 with open(self.folder / "metrics.csv", newline="") as table:
                     whole = [row for row in csv.DictReader(table) if None not in row.values()]

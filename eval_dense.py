@@ -104,7 +104,7 @@ def pixel_loss(scores, truth, ignore):
 
 def segment(tokens, truth, queries, classes, ignore, seed=0):
     """Pixel classes uint8 (Q, H, W) of `queries` (Q, T, D), by a probe trained on `tokens` (N, T,
-    D) and `truth` uint8 (N, H, W)."""
+    D) and `truth` uint8 (N, H, W). Raises FloatingPointError."""
     torch.manual_seed(seed)
     probe = DenseProbe(tokens.shape[2], classes, truth.shape[1]).to(truth.device)
     train_probe(probe, tokens, truth, RECIPE,
@@ -112,7 +112,8 @@ def segment(tokens, truth, queries, classes, ignore, seed=0):
     rows = []
     for part in queries.split(16):
         scores = probe(part.float())
-        require(scores.isfinite().all(), "a score is not finite; try --no-amp")
+        if not scores.isfinite().all():
+            raise FloatingPointError("a score is not finite; try --no-amp")
         rows.append(scores.argmax(1).byte().cpu())
     return torch.cat(rows)
 

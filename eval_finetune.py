@@ -60,7 +60,7 @@ class Config:
     crop_min: float = 0.08  # smallest crop, fraction of the area
     layer_decay: float = 0.65  # learning rate of a block over that of the next
     epochs: float = 100  # passes over the labelled images
-    batch: int = 1024  # images a step and process
+    batch: int = 1024  # images per step and process
     lr: float = 5e-4  # base learning rate, for a batch of 256
     wd: float = 0.05  # weight decay
     warmup: float = 5.0  # epochs of linear warm-up
@@ -117,8 +117,8 @@ class Steps:
 
 
 def ignore_signals(worker):
-    """Leaves Ctrl-C to the main process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leaves signals to the group of processes, such as Ctrl-C, to the main process."""
+    os.setpgrp()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

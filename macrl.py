@@ -108,8 +108,9 @@ class Config(RunConfig):
         require(self.lam_c == 0 or self.batch > 1, "--batch 1 has no negatives; try --lam-c 0")
         require(0 < self.crop_min_s <= 1, "--crop-min-s must be above 0 and at most 1")
         require(0 < self.crop_min_w <= 1, "--crop-min-w must be above 0 and at most 1")
-        for name in ("momentum", "jitter_s", "jitter_w", "gray_s", "gray_w", "blur_s", "blur_w"):
-            require(getattr(self, name) <= 1, f"--{name.replace('_', '-')} must be at most 1")
+        require(max(self.momentum, self.jitter_s, self.jitter_w, self.gray_s, self.gray_w,
+                    self.blur_s, self.blur_w) <= 1,
+                "--momentum, --jitter-s/w, --gray-s/w and --blur-s/w must be at most 1")
 
 
 TINY = Config(dim=192, depth=4, heads=3, hidden=384, out_dim=64, decoder_depth=2, decoder_dim=96,

@@ -85,7 +85,7 @@ class Config(RunConfig):
                 f"--img {self.img} must be a multiple of the mask block, {block} pixels")
         N_b = (self.img // block) ** 2
         require(0 < round(self.mask * N_b) < N_b or self.mask == self.lam == 0, f"--mask "
-                f"{self.mask} must leave some of {N_b} blocks masked and some visible")
+                f"{self.mask} must leave some of {N_b} blocks masked and some visible, or be 0 with --lam 0")
         require(self.contrast == "none" or self.batch > 1,
                 "--batch 1 has no negatives; try --contrast none")
         require(self.contrast != "none" or self.lam > 0, "--contrast none needs --lam above 0")
@@ -215,8 +215,8 @@ class MCLim(nn.Module):
     def reconstruct(self, x):
         """Normalised images (B, 3, H, W) → (masked input, prediction), both normalised images.
 
-        With --norm-pixels each predicted patch gets its true mean and std. With --pixels
-        masked the prediction shows visible patches as they are in x.
+        With --norm-pixels each predicted patch gets its true mean and std. Visible patches
+        are shown as they are, or as predicted with --pixels all.
         """
         s, patches = self.encoder.stride, patchify(x, self.encoder.stride)      # (B, N, P)
         mask = random_mask(len(x), self.N_b, self.cfg.mask, x.device)           # (B, N_b)

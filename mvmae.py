@@ -158,8 +158,8 @@ class MVMAE(nn.Module):
     def reconstruct(self, x):
         """Normalised images (B, 3, H, W) → (masked input, prediction), both normalised images.
 
-        With --norm-pixels each predicted patch gets the mean and std that it has in x.
-        Visible patches are shown as they are unless the loss counts them.
+        With --norm-pixels each predicted patch gets its true mean and std. Visible patches
+        are shown as they are, or as predicted with --pixels all.
         """
         p, patches = self.cfg.patch, patchify(x, self.cfg.patch)                # (B, N, P)
         mask = random_mask(len(x), self.N, self.cfg.mask, x.device)             # (B, N)

@@ -83,7 +83,7 @@ def test_resume_takes_the_runs_config_and_new_fields_take_their_defaults(tmp_pat
     cfg = parse(f"--resume {tmp_path} --log-every 7")
     assert (cfg.tau, cfg.dim, cfg.log_every, cfg.pool) == (0.3, 192, 7, "mean")
     assert cfg.out == str(tmp_path) and cfg.init == "old.pt"
-    (tmp_path / "last.pt").touch()
+    (tmp_path / "previous.pt").touch()
     assert parse(f"--resume {tmp_path}").init == ""
     said = capsys.readouterr().out
     assert "--pool: new, takes its default" in said and "--gone: is gone" in said

@@ -1,6 +1,7 @@
 """Tests of eval_linear.py and eval_finetune.py."""
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -441,6 +442,9 @@ def test_a_resumed_fine_tuning_ends_in_the_same_weights(run, shapes, tmp_path, m
 
         def interrupt_and_log(self, step, losses):
             if step == 1:
+                workers = multiprocessing.active_children()
+                assert len(workers) == 2  # a signal to this group does not reach them
+                assert all(os.getpgid(worker.pid) != os.getpgrp() for worker in workers)
                 os.kill(os.getpid(), signal.SIGINT)
             log(self, step, losses)
 

@@ -117,7 +117,7 @@ class Steps:
 
 
 def ignore_signals(worker):
-    """Leaves signals to the group of processes, such as Ctrl-C, to the main process."""
+    """Leaves Ctrl-C and other signals to the process group to the main process."""
     os.setpgrp()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

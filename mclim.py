@@ -84,8 +84,9 @@ class Config(RunConfig):
         require(self.img % block == 0,
                 f"--img {self.img} must be a multiple of the mask block, {block} pixels")
         N_b = (self.img // block) ** 2
-        require(0 < round(self.mask * N_b) < N_b or self.mask == self.lam == 0, f"--mask "
-                f"{self.mask} must leave some of {N_b} blocks masked and some visible, or be 0 with --lam 0")
+        require(0 < round(self.mask * N_b) < N_b or self.mask == self.lam == 0,
+                f"--mask {self.mask} must leave some of {N_b} blocks masked and some visible, or "
+                "be 0 with --lam 0")
         require(self.contrast == "none" or self.batch > 1,
                 "--batch 1 has no negatives; try --contrast none")
         require(self.contrast != "none" or self.lam > 0, "--contrast none needs --lam above 0")

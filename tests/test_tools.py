@@ -101,6 +101,13 @@ def test_pixel_loss_is_the_mean_over_pixels_that_are_not_ignored():
     assert eval_dense.pixel_loss(scores, torch.full((2, 4, 4), 7).byte(), 7) == 0
 
 
+def test_a_segmentation_that_is_not_finite_is_an_error():
+    tokens, truth = normal(4, 4, 2), torch.zeros(4, 4, 4).byte()
+    assert eval_dense.segment(tokens, truth, tokens, 2, 255).shape == (4, 4, 4)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        eval_dense.segment(tokens, truth, tokens * math.nan, 2, 255)
+
+
 def test_scores_of_tokens_are_upsampled_bilinearly():
     probe, x = eval_dense.DenseProbe(2, 2, 12), normal(1, 16, 2)
     probe.layer.weight.data = torch.eye(2)

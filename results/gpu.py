@@ -31,7 +31,7 @@ from common import autocast, seed_step, start_processes
 from images import Images
 from speed import gflop_per_image, matrix_rate, seconds
 
-LIMITS = {"agree": 100, "compile": 140, "speed": 140, "views": 30, "mclim": 150}  # seconds
+LIMITS = {"agree": 70, "compile": 210, "speed": 160, "views": 30, "mclim": 120}  # seconds
 METHODS = (mclim, mvmae, cmae, macrl, camae)
 FORMS = [(method, {}) for method in METHODS] + [(mclim, {"backbone": "swin"}),
                                                 (mclim, {"backbone": "hivit"})]

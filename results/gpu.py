@@ -1,15 +1,15 @@
 """Checks and measures all methods on one CUDA GPU in ten minutes.
 
-    python -m results.gpu --out runs/gpu --data cifar10    or --data FOLDER
-    python -m results.gpu --out runs/try --rehearse        tiny, on the CPU
+    python -m results.gpu --out runs/gpu --data cifar10
+    python -m results.gpu --out runs/try --rehearse      tiny, on the CPU
 
-Five parts, each a process with a time limit (status 124); a failure stops no other:
+Five parts, each a process with a time limit; a failure stops no other:
   agree   three steps in float32 and bfloat16 against the CPU; a resumed run
-  compile compiled runs
   speed   30 steps of each default configuration, then batches 16 and 256
+  compile the default configurations, compiled
   views   views alone at 32 and 224 pixels
-  mclim   MCLim as in the paper (224 pixels, 768 × 6), batch 64, as many epochs as fit
-Prints each figure and writes it to OUT/figures.jsonl.
+  mclim   the paper's MCLim (224 pixels, 768 × 6), batch 64, as many epochs as fit
+Writes OUT/figures.jsonl.
 """
 import argparse
 import csv
@@ -31,7 +31,7 @@ from common import autocast, seed_step, start_processes
 from images import Images
 from speed import gflop_per_image, matrix_rate, seconds
 
-LIMITS = {"agree": 70, "compile": 210, "speed": 160, "views": 30, "mclim": 120}  # seconds
+LIMITS = {"agree": 70, "speed": 160, "compile": 230, "views": 30, "mclim": 100}  # seconds
 METHODS = (mclim, mvmae, cmae, macrl, camae)
 FORMS = [(method, {}) for method in METHODS] + [(mclim, {"backbone": "swin"}),
                                                 (mclim, {"backbone": "hivit"})]
@@ -80,37 +80,37 @@ def agree(args, device):
                         losses_of_steps(module, cfg, torch.device("cpu"), False))
             return max(abs(a - b) / max(abs(b), 1e-6) for a, b in pairs)
 
-        def last_loss(folder, **changes):
-            module.train(replace(cfg, out=str(folder), **changes))
+        def last_loss(folder, resume=""):
+            module.train(replace(cfg, out=str(folder), resume=resume))
             with open(folder / "metrics.csv", newline="") as table:
                 return [row["loss"] for row in csv.DictReader(table) if row["loss"]][-1]
 
         def resume(folder):
             whole = last_loss(folder)
             (folder / "last.pt").unlink()  # leaves the first epoch's
-            return {"whole": whole, "resumed": last_loss(folder, resume=str(folder))}
+            return {"whole": whole, "resumed": last_loss(folder, str(folder))}
 
-        if args.part == "agree":
-            note(args, f"{name} float32", lambda: {"difference": compare(False)})
-            note(args, f"{name} bfloat16", lambda: {"difference": compare(True)})
-            if not args.rehearse or module is mvmae:
-                note(args, f"{name} resumed", lambda: resume(args.out / f"{name} run"))
-        elif not args.rehearse:
-            note(args, f"{name} compiled",
-                 lambda: {"loss": last_loss(args.out / f"{name} compiled", compile=True)})
+        note(args, f"{name} float32", lambda: {"difference": compare(False)})
+        note(args, f"{name} bfloat16", lambda: {"difference": compare(True)})
+        if not args.rehearse or module is mvmae:
+            note(args, f"{name} resumed", lambda: resume(args.out / f"{name} run"))
 
 
 def speed(args, device):
+    compiled = args.part == "compile"
+    if compiled and args.rehearse:
+        return
     limit = matrix_rate(device, torch.float32 if args.rehearse else torch.bfloat16)
     note(args, "matrix product", lambda: {"TFLOP/s": limit / 1e12})
-    for batch in (4,) if args.rehearse else (0, 16, 256):
+    for batch in (4,) if args.rehearse else (0,) if compiled else (0, 16, 256):
         for module, form in FORMS:
             cfg = replace(module.TINY if args.rehearse else module.Config(), **form)
             if batch == cfg.batch:
                 continue
             cfg = replace(cfg, batch=batch or cfg.batch)
-            name = " ".join(["speed", module.__name__, *form.values(), f"batch {cfg.batch}"])
-            note(args, name, lambda: rate(module, cfg, device, limit, 2 if args.rehearse else 30))
+            name = " ".join([args.part, module.__name__, *form.values(), f"batch {cfg.batch}"])
+            count = 2 if args.rehearse else 30
+            note(args, name, lambda: rate(module, cfg, device, limit, count, compiled))
 
 
 def random_images(cfg, device):
@@ -118,8 +118,10 @@ def random_images(cfg, device):
     return Images(torch.randint(256, (cfg.batch, 3, side, side), dtype=torch.uint8).to(device))
 
 
-def rate(module, cfg, device, limit, count):
+def rate(module, cfg, device, limit, count, compiled):
+    torch.manual_seed(0)
     model, images = module.Model(cfg).to(device), random_images(cfg, device)
+    net = torch.compile(model, options={"fallback_random": True}) if compiled else model
     optimizer = torch.optim.AdamW(module.param_groups(model, cfg.wd), lr=1e-4, fused=True)
     losses = []
     if device.type == "cuda":
@@ -131,7 +133,7 @@ def rate(module, cfg, device, limit, count):
         seed_step(0, step)
         view1, view2 = module.views(images, cfg)[:2]
         with autocast(device):
-            loss = model(view1, view2)["loss"]
+            loss = net(view1, view2)["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -169,7 +171,7 @@ def main():
     if not (args.rehearse or torch.cuda.is_available()):
         parser.error("no CUDA GPU; try --rehearse")
     args.out.mkdir(parents=True, exist_ok=bool(args.part))
-    parts = {"agree": agree, "compile": agree, "speed": speed, "views": views, "mclim": run_mclim}
+    parts = {"agree": agree, "speed": speed, "compile": speed, "views": views, "mclim": run_mclim}
     if args.part:
         parts[args.part](args, start_processes("cpu" if args.rehearse else "cuda")[0])
     else:

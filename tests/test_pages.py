@@ -171,7 +171,8 @@ def test_formulas_of_the_page_are_whole(method):
 
 def commands():
     """(program, arguments) of each command in README, the pages, RESULTS and the docstrings."""
-    texts = [path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("papers/*.md"))]
+    texts = [path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("papers/*.md"),
+                                            *ROOT.glob("results/long/*.md"))]
     texts += [importlib.import_module(name).__doc__ for name in (*METHODS, *PROGRAMS)]
     found = re.findall(r"(?:python|torchrun [^\n`|]*?) (\w+)\.py ([^\n`|#]*)",
                        "\n".join(texts).replace("\\\n", " "))
@@ -202,6 +203,18 @@ def test_the_page_names_flags_that_exist(page):
     known |= set(re.findall(r"^    (\w+): ", sources, re.MULTILINE)) | {"nproc_per_node", "help"}
     for flag in re.findall(r"--(?:no-)?([a-z][a-z0-9-]*)", text):
         assert flag.replace("-", "_") in known, f"--{flag}"
+
+
+def test_links_lead_to_files_and_headings():
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("papers/*.md"), *ROOT.glob("results/**/*.md")):
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if not link.startswith("http"):
+                name, _, anchor = link.partition("#")
+                file = page.parent / name if name else page
+                assert file.exists(), f"{page}: {link}"
+                headings = re.findall(r"^#+ (.*)$", file.read_text(), re.M) if anchor else [""]
+                slugs = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
+                assert anchor in slugs, f"{page}: {link}"
 
 
 def test_the_code_of_the_readme_runs(untrained):
